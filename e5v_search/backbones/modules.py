@@ -1,0 +1,245 @@
+"""LLaVA-NeXT in plain torch: a CLIP vision tower, a projector, a LLaMA or Mistral decoder.
+
+Only what an embedding needs: no logits, no cache of keys and values, vision layers up to the one that is read.
+Parameter names are those of transformers' LlavaNextModel, so that checkpoints and adapters fit; the tests hold this
+file equal to transformers' whole model. Our own because importing transformers' modelling code alone costs more than
+a cold search may (benchmarks/LOG.md), and because speed is won here.
+
+Shapes: b batch, t tokens, d hidden size, T tiles, p patches of a tile.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from e5v_search.backbones.config import LlavaNextConfig, TextConfig, VisionConfig
+from e5v_search.backbones.tiles import Size, unpadded
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__()
+        self.heads = c.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))
+        return out
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[c.hidden_act]
+        self.fc1, self.fc2 = nn.Linear(c.hidden_size, c.intermediate_size), nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.act(self.fc1(x)))
+        return y
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = VisionAttention(c), VisionMLP(c)
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        y: Tensor = x + self.mlp(self.layer_norm2(x))
+        return y
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
+        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False)
+        self.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, c.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat((self.class_embedding.expand(len(pixels), 1, -1), patches), dim=1)
+        return x + self.position_embedding.weight
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, c: VisionConfig, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(c) for _ in range(layers))
+
+
+class VisionTower(nn.Module):
+    """(T, 3, tile, tile) -> (T, 1 + p, d_vision): the hidden state after `layers` layers."""
+
+    def __init__(self, c: VisionConfig, layers: int) -> None:
+        super().__init__()
+        self.embeddings = VisionEmbeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # sic: CLIP's own spelling
+        self.encoder = VisionEncoder(c, layers)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x: Tensor = self.pre_layrnorm(self.embeddings(pixels))
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return x
+
+
+class Projector(nn.Module):
+    def __init__(self, c: LlavaNextConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[c.projector_hidden_act]
+        self.linear_1 = nn.Linear(c.vision_config.hidden_size, c.text_config.hidden_size, bias=c.multimodal_projector_bias)
+        self.linear_2 = nn.Linear(c.text_config.hidden_size, c.text_config.hidden_size, bias=c.multimodal_projector_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear_2(self.act(self.linear_1(x)))
+        return y
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, d: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+Rotation = tuple[Tensor, Tensor]
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotary position embedding; x (b, heads, t, d_head), rotation (t, d_head) cosines and sines."""
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class TextAttention(nn.Module):
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.grouped = c.num_key_value_heads != c.num_attention_heads
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.o_proj = nn.Linear(q, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(
+            rotate(q, rotation), rotate(k, rotation), v, is_causal=True, enable_gqa=self.grouped
+        )
+        out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
+        return out
+
+
+class TextMLP(nn.Module):
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[c.hidden_act]
+        self.gate_proj, self.up_proj = (nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias) for _ in range(2))
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class TextLayer(nn.Module):
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = TextAttention(c), TextMLP(c)
+        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
+
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation)
+        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return y
+
+
+class TextDecoder(nn.Module):
+    """(b, t, d) input embeddings -> (b, t, d) hidden states after the final norm.
+
+    Causal, no mask: rows shorter than t are padded on the *right*, where nothing real can see the padding.
+    """
+
+    def __init__(self, c: TextConfig) -> None:
+        super().__init__()
+        self.c = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(TextLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def rotation(self, t: int, like: Tensor) -> Rotation:
+        # angles in float32 whatever the model's precision: at position 3,000 half precision is off by whole turns
+        exponent = torch.arange(0, self.c.head_dim, 2, dtype=torch.float32, device=like.device) / self.c.head_dim
+        angles = torch.outer(torch.arange(t, dtype=torch.float32, device=like.device), self.c.rope_theta**-exponent)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rotation = self.rotation(x.shape[1], x)
+        for layer in self.layers:
+            x = layer(x, rotation)
+        y: Tensor = self.norm(x)
+        return y
+
+
+class LlavaNext(nn.Module):
+    def __init__(self, config: LlavaNextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config.vision_config, config.vision_layers)
+        self.multi_modal_projector = Projector(config)
+        self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
+        self.language_model = TextDecoder(config.text_config)
+
+    def image_features(self, pixels: Tensor, sizes: Sequence[Size], grids: Sequence[Size]) -> list[Tensor]:
+        """Visual tokens of each picture, (n_i, d): its base tile, then its unpadded rows, each ended by a newline.
+
+        pixels (T, 3, tile, tile) normalised, the tiles of all pictures one after the other;
+        sizes (height, width) of the pictures in pixels; grids (rows, cols) of their tiles.
+        """
+        features = self.multi_modal_projector(self.vision_tower(pixels)[:, self.config.skip_class_token :])
+        counts = [1 + rows * cols for rows, cols in grids]
+        return [
+            self._pack(tiles, size, grid)
+            for tiles, size, grid in zip(features.split(counts), sizes, grids, strict=True)
+        ]
+
+    def _pack(self, tiles: Tensor, size: Size, grid: Size) -> Tensor:
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        rows, cols = grid
+        patches = tiles[1:].unflatten(0, (rows, cols)).unflatten(2, (side, side)).transpose(1, 2).reshape(rows * side, cols * side, -1)
+        keep_rows, keep_cols = unpadded(size, (rows * side, cols * side))
+        patches = patches[keep_rows, keep_cols]
+        newline = self.image_newline.expand(len(patches), 1, -1)
+        return torch.cat((tiles[0], torch.cat((patches, newline), dim=1).flatten(0, 1)))
+
+    def last_hidden(self, rows: Sequence[Tensor]) -> Tensor:
+        """The state at the last position of each row of input embeddings (n_i, d), in one padded batch: (b, d)."""
+        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        hidden = self.language_model(nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
+        return hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]

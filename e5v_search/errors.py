@@ -1,0 +1,113 @@
+"""Every error that a user can meet.
+
+    E5VError                        exit code 3, one line: what happened, which item, what to do
+    ├── UsageError                  exit code 2: the request itself makes no sense
+    │   ├── QueryError              empty, blank, contradictory or too long query
+    │   └── TextTooLong             a text that the model cannot take whole
+    ├── MediaError                  one file cannot be used; a run lists it and goes on
+    │   ├── UnreadableFile          no permission, a pipe, gone in the meantime
+    │   ├── NotAPicture             empty, truncated, or some other format
+    │   └── PictureTooLarge         more pixels or bytes than the limit that the message names
+    ├── ModelError
+    │   ├── UnknownModel            no such name; the message lists what is known
+    │   ├── IncompleteCheckpoint    a shard, a tensor or a file is missing; the message names it
+    │   ├── MissingPackage          the message is the exact pip line that mends it
+    │   └── OutOfMemory             one single item does not fit on the device
+    └── CollectionError
+        ├── CollectionNotFound
+        ├── CollectionBusy          another run is writing
+        ├── FingerprintMismatch     made by another model; both are named
+        ├── CatalogDamaged          SQLite cannot read it
+        ├── SchemaTooNew            written by a newer e5v-search
+        ├── CollectionReadOnly
+        └── DiskFull
+
+Foreign exceptions are turned into these where the foreign library is called: PIL's and the operating system's in
+`media`, SQLite's in `catalog`, FAISS's in `index`, torch's and safetensors' in `backbones`.
+"""
+
+
+class E5VError(Exception):
+    """Root of the tree. `str(error)` is one line that a user can act on."""
+
+    exit_code = 3
+
+
+class UsageError(E5VError):
+    exit_code = 2
+
+
+class QueryError(UsageError):
+    pass
+
+
+class TextTooLong(UsageError):
+    pass
+
+
+class MediaError(E5VError):
+    pass
+
+
+class UnreadableFile(MediaError):
+    pass
+
+
+class NotAPicture(MediaError):
+    pass
+
+
+class PictureTooLarge(MediaError):
+    pass
+
+
+class ModelError(E5VError):
+    pass
+
+
+class UnknownModel(ModelError):
+    pass
+
+
+class IncompleteCheckpoint(ModelError):
+    pass
+
+
+class MissingPackage(ModelError):
+    pass
+
+
+class OutOfMemory(ModelError):
+    pass
+
+
+class CollectionError(E5VError):
+    pass
+
+
+class CollectionNotFound(CollectionError):
+    pass
+
+
+class CollectionBusy(CollectionError):
+    pass
+
+
+class FingerprintMismatch(CollectionError):
+    pass
+
+
+class CatalogDamaged(CollectionError):
+    pass
+
+
+class SchemaTooNew(CollectionError):
+    pass
+
+
+class CollectionReadOnly(CollectionError):
+    pass
+
+
+class DiskFull(CollectionError):
+    pass
