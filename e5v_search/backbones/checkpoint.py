@@ -1,0 +1,178 @@
+"""Checkpoint folders: what is there, what is missing, and the weights on a device.
+
+Both layouts of the published checkpoints are read: that of transformers 4.41 (`language_model.model.*`,
+`vision_tower.vision_model.*`) and that of transformers 5 (`model.language_model.*`). Safetensors only.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from e5v_search.backbones.config import LlavaNextConfig
+from e5v_search.backbones.modules import LlavaNext
+from e5v_search.errors import IncompleteCheckpoint, MissingPackage, ModelError, UsageError
+
+QUANTIZE = ("4bit", "8bit")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IncompleteCheckpoint(f"{path.parent} has no {path.name}: not a whole model folder") from None
+    except (OSError, ValueError) as error:
+        raise IncompleteCheckpoint(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise IncompleteCheckpoint(f"{path} does not hold a JSON object")
+    return data
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, all present. IncompleteCheckpoint names what is not."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing or not names:
+            raise IncompleteCheckpoint(
+                f"{folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:3])}"
+                f"{', …' if len(missing) > 3 else ''}; download the model again"
+            )
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        raise IncompleteCheckpoint(f"{folder} holds pickled weights only; e5v-search reads safetensors, which run no code")
+    raise IncompleteCheckpoint(f"{folder} holds no weights (model.safetensors or model.safetensors.index.json)")
+
+
+def digest(folder: Path) -> str:
+    """A name for a checkpoint's content that costs no full read: config, tokenizer, tensor tables, sampled weights."""
+    h = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        if (folder / name).exists():
+            h.update((folder / name).read_bytes())
+    for path in shards(folder):
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            header = f.read(8)
+            h.update(header + f.read(int.from_bytes(header, "little") if size > 8 else 0))
+            start = f.tell()
+            for i in range(16):
+                f.seek(start + (size - start) * i // 16)
+                h.update(f.read(65536))
+    return h.hexdigest()
+
+
+def canonical(key: str) -> str:
+    """A tensor's name in our modules, from its name in any published layout."""
+    key = re.sub(r"^(base_)?model\.", "", key)
+    key = re.sub(r"^language_model\.model\.", "language_model.", key)
+    return key.replace("vision_tower.vision_model.", "vision_tower.", 1)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in shards(folder):
+        try:
+            with safe_open(path, framework="pt") as f:
+                for key in f.keys():
+                    yield canonical(key), f.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise IncompleteCheckpoint(f"{path} is truncated or damaged ({error}); download the model again") from error
+
+
+def load_model(
+    folder: Path, config: LlavaNextConfig, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+) -> LlavaNext:
+    """The model in evaluation mode, tensor by tensor onto `device`: the whole never stands in main memory twice.
+
+    Raises IncompleteCheckpoint for missing or misshapen tensors, MissingPackage without bitsandbytes.
+    """
+    with torch.device("meta"):
+        model = LlavaNext(config)
+    if quantize is not None:
+        _quantize_linears(model.language_model, quantize, dtype)
+    wanted = dict(model.named_parameters())
+    for key, tensor in _tensors(folder):
+        parameter = wanted.pop(key, None)
+        if parameter is None:
+            continue  # lm_head, vision layers above the one that is read, rotary buffers of old checkpoints
+        # the embedding table may have more or fewer rows than config.json says (both published revisions differ)
+        rows_free = key == "language_model.embed_tokens.weight"
+        if tensor.shape[rows_free:] != parameter.shape[rows_free:]:
+            raise IncompleteCheckpoint(f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}")
+        _place(model, key, tensor.to(dtype), device)
+    if wanted:
+        names = sorted(wanted)
+        raise IncompleteCheckpoint(f"{folder} lacks {len(names)} tensors, the first is {names[0]}; download the model again")
+    return model.requires_grad_(False).eval()
+
+
+def _place(model: nn.Module, key: str, tensor: Tensor, device: torch.device) -> None:
+    path, _, name = key.rpartition(".")
+    module = model.get_submodule(path)
+    old = getattr(module, name)
+    if type(old) is nn.Parameter:
+        new = nn.Parameter(tensor.to(device), requires_grad=False)
+    else:  # a bitsandbytes parameter: the move to the device quantises it
+        new = type(old)(tensor, requires_grad=False, **getattr(module, "quantize_options")).to(device)
+    setattr(module, name, new)
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings = len(tensor)
+
+
+def _quantize_linears(decoder: nn.Module, quantize: str, dtype: torch.dtype) -> None:
+    """Swap the decoder's linear layers for bitsandbytes' (NF4 with double quantisation, or LLM.int8)."""
+    if quantize not in QUANTIZE:
+        raise UsageError(f"quantize must be one of {', '.join(QUANTIZE)}, not {quantize!r}")
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise MissingPackage("4 and 8 bit weights need bitsandbytes: pip install bitsandbytes") from None
+    for path, linear in [(p, m) for p, m in decoder.named_modules() if isinstance(m, nn.Linear)]:
+        shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+        if quantize == "4bit":
+            new = bnb.nn.Linear4bit(
+                *shape, bias=bias, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
+            )
+            new.quantize_options = {"quant_type": "nf4", "compress_statistics": True}
+        else:
+            new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=6.0, device="meta")
+            new.quantize_options = {"has_fp16_weights": False}
+        parent, _, name = path.rpartition(".")
+        setattr(decoder.get_submodule(parent), name, new)
+
+
+def pick_device(device: str) -> torch.device:
+    """"auto": CUDA, else Apple's MPS, else the processor. ModelError for a device that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device, config: LlavaNextConfig) -> torch.dtype:
+    """"auto": bfloat16 on CUDA, float16 on MPS; on a processor float32, or bfloat16 for models of billions."""
+    named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype in named:
+        return named[dtype]
+    if dtype != "auto":
+        raise UsageError(f"dtype must be auto, {', '.join(named)}, not {dtype!r}")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    text = config.text_config
+    billions = text.num_hidden_layers * text.hidden_size * (text.hidden_size * 4 + text.intermediate_size * 3) / 1e9
+    return torch.bfloat16 if billions > 2 else torch.float32

@@ -1,0 +1,30 @@
+"""Look-ahead in threads: the next inputs are read while the model works on the present ones."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ahead(work: Callable[[T], R], items: Iterable[T], workers: int | None = None, depth: int = 64) -> Iterator[R]:
+    """`map(work, items)` in order, with at most `depth` results under way or waiting.
+
+    Threads, not processes: decoding, resizing and hashing release the interpreter lock. `items` is consumed by the
+    caller's thread. An exception of `work` is raised where its result would have come.
+    """
+    source = iter(items)
+    pool = ThreadPoolExecutor(workers or min(8, (os.cpu_count() or 1)), thread_name_prefix="ahead")
+    pending: deque[Future[R]] = deque()
+    try:
+        pending.extend(pool.submit(work, item) for item in islice(source, depth))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(work, item) for item in islice(source, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
