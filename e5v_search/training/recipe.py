@@ -1,0 +1,140 @@
+"""A training recipe as a value: what is trained, on what, how long. Defaults are those of a small from-scratch run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from e5v_search.backbones.config import LlavaNextConfig, TextConfig, VisionConfig
+from e5v_search.backbones.tiles import Size, TileSpec
+
+
+@dataclass(frozen=True)
+class Vision:
+    """CLIP vision tower: `layers` counts those that run; the checkpoint gets one more, which LLaVA-NeXT never reads."""
+
+    width: int = 256
+    layers: int = 6
+    heads: int = 4
+    mlp: int = 1024
+    tile: int = 112
+    patch: int = 16
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """LLaMA decoder."""
+
+    width: int = 256
+    layers: int = 5
+    heads: int = 4
+    mlp: int = 704
+    vocabulary: int = 8192
+    positions: int = 2048
+
+
+@dataclass(frozen=True)
+class Model:
+    vision: Vision = field(default_factory=Vision)
+    decoder: Decoder = field(default_factory=Decoder)
+    pinpoints: tuple[tuple[int, int], ...] = ((112, 224), (224, 112), (224, 224))
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.vision.tile % self.vision.patch:
+            found.append(f"vision.tile: {self.vision.tile} is no multiple of vision.patch, {self.vision.patch}")
+        for name, part in (("vision", self.vision), ("decoder", self.decoder)):
+            if part.width % part.heads or part.width // part.heads % 2:
+                found.append(f"{name}.width: {part.width} does not split into {part.heads} heads of even width")
+        if any(h % self.vision.tile or w % self.vision.tile for h, w in self.pinpoints) or not self.pinpoints:
+            found.append(f"pinpoints: one or more, each side a multiple of vision.tile, {self.vision.tile}")
+        return found
+
+    def config(self, image_token_id: int) -> LlavaNextConfig:
+        v, d = self.vision, self.decoder
+        return LlavaNextConfig(
+            VisionConfig(v.width, v.mlp, v.layers + 1, v.heads, v.tile, v.patch, hidden_act="gelu"),
+            TextConfig("llama", d.vocabulary, d.width, d.mlp, d.layers, d.heads, max_position_embeddings=d.positions),
+            self.pinpoints,
+            image_token_id,
+        )
+
+    def tiles(self) -> TileSpec:
+        pinpoints: tuple[Size, ...] = self.pinpoints
+        return TileSpec(self.vision.tile, self.vision.patch, pinpoints)
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW; the rate climbs for `warmup` steps, then falls along a half cosine to `floor` times itself."""
+
+    rate: float = 1e-3
+    warmup: int = 100
+    floor: float = 0.02
+    decay: float = 0.1
+    beta2: float = 0.98
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of the parts of the loss. A part with weight 0 costs nothing."""
+
+    photos: float = 1.0
+    words: float = 0.0
+    scenes: float = 0.0
+    changes: float = 0.0
+    nli: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` optimiser steps on the base tile alone, or in the full AnyRes layout."""
+
+    name: str
+    steps: int
+    layout: Literal["base", "full"] = "base"
+    photos: int = 128  # photo-caption pairs per step
+    scenes: int = 24  # scenes per step, each with a change
+    triplets: int = 32
+    drop: float = 0.0  # share of patches left out, before the vision tower
+    crop: float = 0.5  # smallest share of the photo that a random crop keeps; 1: no crops
+    weights: Weights = field(default_factory=Weights)
+
+    def problems(self) -> list[str]:
+        found = [f"{k}: must be positive" for k in ("steps", "photos", "scenes", "triplets") if getattr(self, k) < 1]
+        found += [f"{k}: must lie in {low}" for k, ok, low in self._ranges() if not ok]
+        if self.layout == "full" and self.drop:
+            found.append("drop: only on the base tile; a full layout keeps all its patches")
+        return found
+
+    def _ranges(self) -> list[tuple[str, bool, str]]:
+        return [("drop", 0 <= self.drop < 1, "[0, 1)"), ("crop", 0 < self.crop <= 1, "(0, 1]")]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    temperature: float = 0.07  # at the start; learned from there
+    nli_temperature: float = 0.05
+    save_every: int = 100  # steps
+    evaluate_every: int = 200
+    model: Model = field(default_factory=Model)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of the optimiser step `step`, counted from 0 over all stages."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        raise IndexError(step)
+
+    def problems(self) -> list[str]:
+        found = [] if self.stages else ["stages: one at least"]
+        found += [f"{k}: must be positive" for k in ("temperature", "nli_temperature", "save_every", "evaluate_every") if getattr(self, k) <= 0]
+        return found
