@@ -1,0 +1,62 @@
+# Two commands do everything on a machine with Python >= 3.11, make and a package index:
+#   make demo                      install, index the sample photos, search them three ways
+#   make demo PHOTOS=~/Pictures    the same with your own photos
+#   make test                      lint, types, tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+E5V := $(BIN)/e5v-search
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+# faiss-cpu and faiss-gpu own the same folder: exactly one of them
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu)
+EXTRA := $(if $(GPU),gpu,cpu)
+
+PHOTOS ?= e5v_search/samples
+QUERY ?= a cat
+CHANGE ?= make it black and white
+DEMO := demo/photos
+
+.PHONY: demo test lint types check clean help
+
+help:
+	@sed -n '1,4s/^# //p' Makefile
+
+# On a machine without a GPU the CPU build of torch is tried first: the plain wheel brings gigabytes of CUDA.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "e5v-search needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), which takes a minute or two …"
+	$(if $(GPU),,$(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || )$(PIP) "torch==$(TORCH)"
+	$(PIP) -e ".[$(EXTRA)]"
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) -e ".[$(EXTRA),dev]"
+	@touch $@
+
+demo: $(VENV)/installed
+	$(E5V) index "$(PHOTOS)" -c $(DEMO)
+	@echo; echo "--- photos that show: $(QUERY)"
+	$(E5V) search "$(QUERY)" -c $(DEMO) -k 5 --sheet demo/text.jpg
+	@echo; echo "--- photos like the best of these"
+	$(E5V) search --image "$$($(E5V) search "$(QUERY)" -c $(DEMO) -k 1 --paths)" -c $(DEMO) -k 5 --sheet demo/image.jpg
+	@echo; echo "--- that photo, but: $(CHANGE)"
+	$(E5V) search --image "$$($(E5V) search "$(QUERY)" -c $(DEMO) -k 1 --paths)" --modify "$(CHANGE)" -c $(DEMO) -k 5 --sheet demo/composed.jpg
+	@echo; echo "The same results as pictures: demo/text.jpg, demo/image.jpg, demo/composed.jpg"
+	@echo "Next: $(E5V) search \"what you are looking for\" -c $(DEMO), or $(E5V) --help"
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
