@@ -23,8 +23,12 @@
         └── DiskFull
 
 Foreign exceptions are turned into these where the foreign library is called: PIL's and the operating system's in
-`media`, SQLite's in `catalog`, FAISS's in `index`, torch's and safetensors' in `backbones`.
+`media`, SQLite's in `catalog`, FAISS's in `index`, torch's and safetensors' in `backbones`. What the disk under a
+collection refuses is worded here, for all who write there.
 """
+
+import errno
+from pathlib import Path
 
 
 class E5VError(Exception):
@@ -111,3 +115,23 @@ class CollectionReadOnly(CollectionError):
 
 class DiskFull(CollectionError):
     pass
+
+
+def disk_full(path: Path) -> DiskFull:
+    return DiskFull(
+        f"no space left on the disk of {path}; what was committed before is kept and can be searched: "
+        "free some space and run the same command again"
+    )
+
+
+def read_only(folder: Path) -> CollectionReadOnly:
+    return CollectionReadOnly(f"{folder} cannot be written; what it holds can be searched, but nothing can be added or removed")
+
+
+def from_os_error(error: OSError, path: Path) -> CollectionError:
+    """What the operating system answered when `path`, a file of a collection, was to be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return disk_full(path)
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return read_only(path.parent)
+    return CollectionError(f"{path} cannot be written: {error.strerror or error}")

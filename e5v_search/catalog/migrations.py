@@ -1,0 +1,90 @@
+"""Numbered steps of the schema. A released step never changes; a new one is appended.
+
+Each runs in a transaction of its own together with its record in the table `migrations`, so that a step is either
+wholly there and recorded, or neither.
+"""
+
+from collections.abc import Callable
+
+from sqlite_utils import Database
+
+from e5v_search.catalog.connection import now, transaction
+
+_FIRST = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value);
+INSERT INTO meta VALUES ('state', 0);
+CREATE TABLE items (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL CHECK (kind IN ('image', 'text', 'rendered')),
+    content_hash TEXT NOT NULL,
+    text TEXT,
+    width INTEGER,
+    height INTEGER,
+    taken_at TEXT,
+    lat REAL,
+    lon REAL,
+    camera TEXT,
+    format TEXT,
+    facts TEXT NOT NULL DEFAULT '{}'
+);
+CREATE INDEX items_content ON items (content_hash, kind);
+CREATE INDEX items_taken_at ON items (taken_at);
+CREATE TABLE files (
+    path TEXT PRIMARY KEY,
+    item_id INTEGER NOT NULL UNIQUE REFERENCES items (id) ON DELETE CASCADE,
+    size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    on_mount INTEGER NOT NULL
+);
+CREATE TABLE vectors (
+    item_id INTEGER NOT NULL REFERENCES items (id) ON DELETE CASCADE,
+    view TEXT NOT NULL,
+    state INTEGER NOT NULL,
+    embedding BLOB NOT NULL,
+    PRIMARY KEY (item_id, view)
+);
+CREATE INDEX vectors_written ON vectors (view, state, item_id);
+CREATE TABLE removed (item_id INTEGER PRIMARY KEY, state INTEGER NOT NULL);
+CREATE INDEX removed_state ON removed (state);
+CREATE TABLE failures (path TEXT PRIMARY KEY, reason TEXT NOT NULL, seen_at TEXT NOT NULL);
+CREATE TABLE roots (path TEXT PRIMARY KEY, kind TEXT NOT NULL, added_at TEXT NOT NULL);
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY,
+    started_at TEXT NOT NULL,
+    finished_at TEXT,
+    counts TEXT
+);
+"""
+
+
+def _first(db: Database) -> None:
+    db.executescript(_FIRST)
+
+
+Migration = tuple[str, Callable[[Database], None]]
+MIGRATIONS: tuple[Migration, ...] = (("first", _first),)
+
+
+def newest() -> int:
+    return len(MIGRATIONS)
+
+
+def schema_version(db: Database) -> int:
+    """Number of the last step that the database holds; 0 when it is no catalog at all."""
+    if not db.table("migrations").exists():
+        return 0
+    return int(db.execute("SELECT coalesce(max(number), 0) FROM migrations").fetchone()[0])
+
+
+def migrate(db: Database) -> None:
+    """Apply every step that is missing. A step that fails leaves the database at the step before it."""
+    with transaction(db):
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS migrations (number INTEGER PRIMARY KEY, name TEXT NOT NULL, applied_at TEXT NOT NULL)"
+        )
+    for number, (name, step) in enumerate(MIGRATIONS, start=1):
+        with transaction(db):
+            # looked up inside the transaction: another process may be migrating the same file
+            if schema_version(db) < number:
+                step(db)
+                db.table("migrations").insert({"number": number, "name": name, "applied_at": now()})
