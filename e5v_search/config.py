@@ -3,9 +3,12 @@
 A dataclass is the schema: its fields are the keys, their annotations the types, its defaults the defaults. Fields may be
 bool, int, float, str, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]`, an enumeration by `Literal`, or a
 dataclass of their own. A dataclass that has a method `problems() -> list[str]` is asked for what types cannot say.
+
+And where collections live when nobody says where.
 """
 
 import dataclasses
+import os
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -117,3 +120,23 @@ def _tuple(args: tuple[Any, ...], value: Any, place: str, problems: list[str]) -
         problems.append(f"{place}: {len(args)} values are needed, not {len(value)}")
         return ()
     return tuple(_value(a, v, f"{place}[{i}]", problems) for i, (a, v) in enumerate(zip(args, value, strict=True)))
+
+
+def data_home() -> Path:
+    """Where named collections live: `$E5V_HOME`, else the platform's data folder."""
+    home = os.environ.get("E5V_HOME")
+    if home:
+        return Path(home).expanduser()
+    from platformdirs import user_data_path  # only for those who set nothing
+
+    return user_data_path("e5v-search", appauthor=False)
+
+
+def collection_path(name: str | os.PathLike[str]) -> Path:
+    """A collection's folder: a name (no separator) lies in the data home, anything else is a path."""
+    text = os.fspath(name)
+    if not text.strip() or text in (".", ".."):
+        raise UsageError(f"{text!r} is no name for a collection; give a name, or a path with a separator such as ./{text or 'photos'}")
+    if os.sep in text or (os.altsep and os.altsep in text):
+        return Path(text).expanduser().absolute()
+    return data_home() / text

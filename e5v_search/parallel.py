@@ -28,3 +28,10 @@ def ahead(work: Callable[[T], R], items: Iterable[T], workers: int | None = None
             yield result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def windows(items: Iterable[T], n: int) -> Iterator[list[T]]:
+    """Lists of `n` items, the last one shorter (itertools.batched of Python 3.12, in lists)."""
+    source = iter(items)
+    while window := list(islice(source, n)):
+        yield window

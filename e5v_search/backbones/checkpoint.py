@@ -151,6 +151,11 @@ def _quantize_linears(decoder: nn.Module, quantize: str, dtype: torch.dtype) -> 
         setattr(decoder.get_submodule(parent), name, new)
 
 
+def free_cuda_bytes() -> int | None:
+    """Free memory of the CUDA device in use; None without one."""
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+
+
 def pick_device(device: str) -> torch.device:
     """"auto": CUDA, else Apple's MPS, else the processor. ModelError for a device that is not there."""
     if device == "auto":

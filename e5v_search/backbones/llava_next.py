@@ -6,9 +6,8 @@ An embedding is the last layer's hidden state after the final norm at the last p
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.tiles import Tiles, TileSpec, cut, token_count
 from e5v_search.embedder import Fingerprint, Picture
 from e5v_search.errors import IncompleteCheckpoint, ModelError, OutOfMemory, TextTooLong
-from e5v_search.parallel import ahead
+from e5v_search.parallel import ahead, windows
 from e5v_search.prompts import IMAGE, LLAMA3_CHAT, MISTRAL_CHAT, SENTENCE, load_prompts
 
 # preprocessing of CLIP ViT-L/14-336 as in llava-v1.6: what the published checkpoint means without saying it
@@ -144,7 +143,7 @@ class LlavaNextEmbedder(Embedder):
         cls, model: str = "auto", *, device: str = "auto", dtype: str = "auto", quantize: str | None = None
     ) -> "LlavaNextEmbedder":
         if model == "auto":
-            free = torch.cuda.mem_get_info()[0] if device in ("auto", "cuda") and torch.cuda.is_available() else None
+            free = checkpoint.free_cuda_bytes() if device in ("auto", "cuda") else None
             model, chosen, line = registry.choose(free)
             quantize = quantize or chosen
             print(line, file=sys.stderr)
@@ -190,7 +189,7 @@ class LlavaNextEmbedder(Embedder):
     # what comes out
 
     def _embed_all(self, rows: Iterable[Row]) -> np.ndarray:
-        blocks = [self._embed_window(window) for window in _windows(rows, _WINDOW)]
+        blocks = [self._embed_window(window) for window in windows(rows, _WINDOW)]
         return np.concatenate(blocks) if blocks else np.empty((0, self.dim), np.float32)
 
     def _embed_window(self, window: list[Row]) -> np.ndarray:
@@ -245,9 +244,3 @@ class LlavaNextEmbedder(Embedder):
         mean, std = self._mean.to(self.device), self._std.to(self.device)
         normalised = ((pixels.float() * (1 / 255) - mean) / std).to(self.dtype)
         return self.model.image_features(normalised, [p.size for p in pictures], [p.grid for p in pictures])
-
-
-def _windows(rows: Iterable[Row], n: int) -> Iterator[list[Row]]:
-    source = iter(rows)
-    while window := list(islice(source, n)):
-        yield window

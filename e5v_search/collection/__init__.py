@@ -1,0 +1,6 @@
+"""Ingest, search, rebuild, verify: the only place where catalog meets index."""
+
+from e5v_search.collection.core import Collection, ModelChoice
+from e5v_search.collection.report import Failure, Hit, Hits, Report
+
+__all__ = ["Collection", "Failure", "Hit", "Hits", "ModelChoice", "Report"]

@@ -1,0 +1,401 @@
+"""A collection: the one place where catalog and index meet."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from e5v_search import media
+from e5v_search.backbones import Embedder
+from e5v_search.catalog import Catalog
+from e5v_search.collection.ingest import Ingest
+from e5v_search.collection.report import Hit, Hits, Report, Stopwatch
+from e5v_search.config import collection_path
+from e5v_search.embedder import Picture
+from e5v_search.errors import (
+    CollectionBusy,
+    CollectionError,
+    CollectionNotFound,
+    CollectionReadOnly,
+    FingerprintMismatch,
+    QueryError,
+    UnreadableFile,
+)
+from e5v_search.index import Index, IndexDamaged, Stamp
+from e5v_search.query import Query
+
+_SYNC_AFTER = 20_000  # vectors that a search during a long run may have to fetch from the catalog itself
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model that is loaded only when something must be embedded."""
+
+    name: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: str | None = None
+
+    def load(self) -> Embedder:
+        return Embedder.load(self.name, device=self.device, dtype=self.dtype, quantize=self.quantize)
+
+
+class Collection:
+    """Photos that can be searched by meaning: a folder with a catalog (the truth) and an index (derived from it)."""
+
+    def __init__(self, catalog: Catalog, embedder: Embedder | ModelChoice, allow_mismatch: bool) -> None:
+        self.path = catalog.path.parent
+        self.catalog = catalog
+        self._allow_mismatch = allow_mismatch
+        self._choice = embedder if isinstance(embedder, ModelChoice) else None
+        self._embedder = None if isinstance(embedder, ModelChoice) else embedder
+        self._loading = threading.Lock()
+        self._index: Index | None = None
+        if self._embedder is not None:
+            self._check_fingerprint(self._embedder)
+
+    @classmethod
+    def open(
+        cls,
+        place: str | os.PathLike[str],
+        embedder: Embedder | ModelChoice | None = None,
+        *,
+        create: bool = True,
+        allow_mismatch: bool = False,
+    ) -> "Collection":
+        """Open the collection `place`: a name in the data home, or a path (with a separator).
+
+        Without an embedder the model that made the collection is loaded when needed (for a new one: "auto").
+        Raises CollectionNotFound with `create=False`, FingerprintMismatch, CatalogDamaged, SchemaTooNew.
+        """
+        folder = collection_path(place)
+        if (folder / "catalog.sqlite").exists():
+            catalog = Catalog.open(folder)
+        elif create:
+            catalog = Catalog.create(folder)
+        else:
+            raise CollectionNotFound(f"no collection at {folder}; make one with: e5v-search index FOLDER -c {place}")
+        try:
+            return cls(catalog, embedder or ModelChoice(), allow_mismatch)
+        except BaseException:
+            catalog.close()
+            raise
+
+    def close(self) -> None:
+        self.catalog.close()
+
+    def __enter__(self) -> "Collection":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # the model
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What made the vectors; None while there are none."""
+        return self.catalog.fingerprint
+
+    def embedder(self) -> Embedder:
+        """The model, loaded on first use; FingerprintMismatch when it is not the one that made the collection."""
+        with self._loading:
+            if self._embedder is None:
+                assert self._choice is not None
+                embedder = self._resolve(self._choice).load()
+                self._check_fingerprint(embedder)
+                self._embedder = embedder
+            return self._embedder
+
+    def _resolve(self, choice: ModelChoice) -> ModelChoice:
+        """`auto` on a collection that has a model means that model."""
+        made_by = self.catalog.model
+        if choice.name != "auto" or made_by is None:
+            return choice
+        return ModelChoice(made_by["name"], choice.device, choice.dtype, choice.quantize or made_by["quantize"])
+
+    def _check_fingerprint(self, embedder: Embedder) -> None:
+        have = self.catalog.fingerprint
+        if have is not None and have != embedder.fingerprint and not self._allow_mismatch:
+            raise FingerprintMismatch(
+                f"collection {self.path} was made by {have}, but the model here is {embedder.fingerprint}: their vectors do not "
+                "compare. Leave --model away to use the collection's own, take another collection with -c, or insist with --allow-mismatch"
+            )
+
+    # writing
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        lock = FileLock(self.path / "write.lock", timeout=0)
+        note = self.path / "writer.json"
+        try:
+            lock.acquire()
+        except Timeout:
+            with suppress(OSError, ValueError):
+                pid = json.loads(note.read_text())["pid"]
+                raise CollectionBusy(f"process {pid} is writing to {self.path}; wait until it has ended, then run this again") from None
+            raise CollectionBusy(f"another process is writing to {self.path}; wait until it has ended, then run this again") from None
+        except OSError as error:
+            raise CollectionReadOnly(f"cannot write to {self.path} ({error.strerror or error}); choose another place with -c") from error
+        try:
+            with suppress(OSError):
+                note.write_text(json.dumps({"pid": os.getpid()}))
+            yield
+        finally:
+            lock.release()
+
+    def ingest(
+        self, paths: Sequence[str | os.PathLike[str]], on_progress: Callable[[Report, int], None] | None = None
+    ) -> Report:
+        """Bring the photos under `paths` (files and folders) into the collection: new, changed, moved and vanished ones.
+
+        `on_progress(report, files in all)` is called as it goes. An unusable file is listed in `report.failed` and ends
+        nothing. Raises UnreadableFile for a path that neither exists nor ever held photos of this collection, DiskFull,
+        CollectionBusy.
+        """
+        roots = _canonical(paths)
+        for root in roots:
+            if not os.path.lexists(root) and next(self.catalog.paths_under([root]), None) is None:
+                raise UnreadableFile(f"no such file or folder: {root}")
+        self._refuse_another_model()
+        with self._writing():
+            self.catalog.add_roots((root, "image") for root in roots)
+            run = self.catalog.start_run()
+            behind = 0
+
+            def committed(puts: int) -> None:
+                nonlocal behind
+                behind += puts
+                if behind >= _SYNC_AFTER:
+                    self._sync()
+                    behind = 0
+
+            ingest = Ingest(self.catalog, self.embedder, committed, on_progress)
+            try:
+                ingest.run(roots)
+            finally:
+                with suppress(CollectionError):  # what failed first, a full disk say, is the error to report
+                    self.catalog.finish_run(run, ingest.report.to_json())
+                    self._sync()
+        return ingest.report
+
+    def _refuse_another_model(self) -> None:
+        """A wrong --model is refused even when nothing needs embedding."""
+        made_by, choice = self.catalog.model, self._choice
+        if made_by is None or choice is None or choice.name == "auto":
+            return
+        if (choice.name, choice.quantize) != (made_by["name"], made_by["quantize"]):
+            self.embedder()
+
+    def forget(self, paths: Sequence[str | os.PathLike[str]]) -> int:
+        """Take the items of these files and folders out of the collection; the files stay. Returns how many items."""
+        roots = _canonical(paths)
+        with self._writing():
+            ids = [row.item_id for row in self.catalog.paths_under(roots)]
+            self.catalog.commit(gone=ids)
+            self.catalog.drop_roots(roots)
+            self._sync()
+        return len(ids)
+
+    def rebuild(self) -> int:
+        """Make the index anew from the catalog, embedding nothing. Returns the number of vectors."""
+        with self._writing():
+            self._index = self._built()
+            self._index.save(self.index_path)
+        return self._index.ntotal
+
+    # the index
+
+    @property
+    def index_path(self) -> Path:
+        return self.path / "index.faiss"
+
+    def _stamp(self) -> Stamp:
+        return Stamp(self.catalog.uid, self.catalog.state)
+
+    def _built(self) -> Index:
+        stamp = self._stamp()
+        index = Index.build(self.catalog.dim or 1, self.catalog.vectors())
+        index.stamp = stamp
+        return index
+
+    def _current_index(self) -> tuple[Index, bool]:
+        """The index with everything that the catalog holds, and whether it had to be built whole.
+
+        A file that is behind is brought up to date in memory from the catalog; one that is missing, damaged or of
+        another catalog is replaced by one built from it. Nothing is embedded.
+        """
+        built = False
+        index = self._index
+        if index is None or index.stamp.uid != self.catalog.uid:
+            try:
+                index = Index.load(self.index_path)
+                if index.stamp.uid != self.catalog.uid or index.stamp.state > self.catalog.state or index.d != self.catalog.dim:
+                    raise IndexDamaged("it belongs to another state of the catalog")
+            except IndexDamaged:
+                index, built = self._built(), True
+        stamp = self._stamp()
+        if index.stamp != stamp:
+            # read the stamp first: what is committed meanwhile is fetched twice rather than never
+            index.remove(self.catalog.removed(index.stamp.state))
+            for ids, x in self.catalog.vectors(after=index.stamp.state):
+                index.put(ids, x)
+            index.stamp = stamp
+        self._index = index
+        return index, built
+
+    def _sync(self) -> None:
+        """Save the index as the catalog is now. The caller holds the write lock."""
+        before = self._saved_stamp()
+        index, _ = self._current_index()
+        if before != index.stamp and self.catalog.dim is not None:
+            index.save(self.index_path)
+
+    def _saved_stamp(self) -> Stamp | None:
+        try:
+            return Index.read_stamp(self.index_path)
+        except IndexDamaged:
+            return None
+
+    # reading
+
+    def search(
+        self,
+        text: str | None = None,
+        *,
+        image: Picture | int | None = None,
+        modify: str | None = None,
+        k: int = 10,
+        threshold: float | None = None,
+        prompts: str | None = None,
+    ) -> Hits:
+        """The k items nearest to a query, best first, none scored below `threshold`.
+
+        `image` is a picture or an item's id; `modify` asks for that picture changed, and leaves the picture itself out.
+        Raises QueryError, FingerprintMismatch, CollectionError.
+        """
+        query = Query(text, image, modify, prompts)
+        if k < 1:
+            raise QueryError(f"k must be at least 1, not {k}")
+        watch = Stopwatch()
+        with watch.phase("load"):
+            index, built = self._current_index()
+            if built:
+                self._save_if_free(index)
+            if not index.ntotal:
+                raise CollectionNotFound(f"collection {self.path} is empty; fill it with: e5v-search index FOLDER -c {self.path}")
+            reference = self._items_of(image) if image is not None else []
+            stored = self._stored_vector(query, reference)
+            embedder = self.embedder() if stored is None or text is not None else None
+        with watch.phase("embed"):
+            xq = self._query_vector(query, stored, embedder)
+        with watch.phase("search"):
+            excluded = set(reference) if query.composed else set()
+            # a few more than asked: an item may be forgotten by another process between index and catalog
+            D, ids = index.search(xq[None], k + len(excluded) + 8)
+            items = self.catalog.items([int(i) for i in ids[0] if i >= 0])
+            hits: list[Hit] = []
+            for score, item_id in zip(D[0].tolist(), ids[0].tolist(), strict=True):
+                item = items.get(item_id)
+                if item is None or item_id in excluded or (threshold is not None and score < threshold):
+                    continue
+                facts = (item.kind, item.path, item.text, item.width, item.height, item.taken_at)
+                hits.append(Hit(len(hits) + 1, item_id, score, *facts))
+        return Hits(hits[:k], query.to_json(), self.catalog.fingerprint or "", watch.total())
+
+    def _items_of(self, image: Picture | int) -> list[int]:
+        """Ids of the items that show this very picture: the id itself, or those with the same content."""
+        if isinstance(image, int):
+            if image not in self.catalog.items([image]):
+                raise QueryError(f"collection {self.path} has no item {image}; ids are shown by search --json")
+            content_hash = self.catalog.items([image])[image].content_hash
+        elif isinstance(image, str | os.PathLike):
+            content_hash = media.content_hash(image)
+        else:
+            return []
+        return self.catalog.ids_of_content(content_hash)
+
+    def _stored_vector(self, query: Query, reference: list[int]) -> np.ndarray | None:
+        """A picture that the collection holds need not be embedded again to be searched by."""
+        if query.composed or not reference or query.prompts is not None:
+            return None
+        for _, x in self.catalog.vectors(ids=reference[:1]):
+            return x[0].astype(np.float32)
+        return None
+
+    def _query_vector(self, query: Query, stored: np.ndarray | None, embedder: Embedder | None) -> np.ndarray:
+        parts = [] if stored is None else [stored]
+        if embedder is not None:
+            if query.modify is not None:
+                parts.append(embedder.embed_composed([(self._picture(query.image), query.modify)], query.prompts or "cirr")[0])
+            else:
+                prompts = query.prompts or "retrieval"
+                if query.image is not None and stored is None:
+                    parts.append(embedder.embed_images([self._picture(query.image)], prompts)[0])
+                if query.text is not None:
+                    parts.append(embedder.embed_texts([query.text], prompts)[0])
+        xq = np.sum(parts, axis=0)
+        unit: np.ndarray = (xq / np.linalg.norm(xq)).astype(np.float32)
+        return unit
+
+    def _picture(self, image: Picture | int | None) -> Picture:
+        if not isinstance(image, int):
+            assert image is not None
+            return image
+        path = self.catalog.items([image])[image].path
+        if path is None:
+            raise QueryError(f"item {image} is no photo; give one with --image")
+        return path
+
+    def _save_if_free(self, index: Index) -> None:
+        # a search repairs the index for the next one, but never waits or fails for it
+        with suppress(CollectionError), self._writing():
+            index.save(self.index_path)
+
+    def status(self) -> dict[str, Any]:
+        """What is in the collection, as `status --json` prints it."""
+        counts = self.catalog.count()
+        saved = self._saved_stamp()
+        vectors = sum(counts.values())
+        return {
+            "collection": str(self.path),
+            "fingerprint": self.catalog.fingerprint,
+            "items": {kind: counts.get(kind, 0) for kind in ("image", "text", "rendered")},
+            "failed": len(self.catalog.failures()),
+            "index": {"kind": Index.kind, "vectors": vectors, "stale": saved != self._stamp()},
+            "bytes": sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file()),
+        }
+
+    def verify(self) -> list[str]:
+        """Every inconsistency found in catalog and index, one line each; an empty list means none."""
+        found = list(self.catalog.verify())
+        try:
+            index = Index.load(self.index_path)
+        except IndexDamaged as error:
+            return found if self.catalog.dim is None else [*found, f"index.faiss: {error}; mend it with: e5v-search rebuild"]
+        if index.stamp != self._stamp():
+            # what an interrupted run leaves: a search makes up for it, so it is no error
+            index, _ = self._current_index()
+        ids = set(index.ids().tolist())
+        truth: set[int] = set()
+        wrong = 0
+        for block, x in self.catalog.vectors():
+            truth.update(block.tolist())
+            present = np.array([i in ids for i in block.tolist()], dtype=bool)
+            if present.any():
+                wrong += int((index.vectors(block[present]) != x[present].astype(np.float32)).any(axis=1).sum())
+        for name, bad in (("vectors are missing", len(truth - ids)), ("vectors belong to no item", len(ids - truth)), ("vectors differ from the catalog's", wrong)):
+            if bad:
+                found.append(f"index.faiss: {bad} {name}; mend it with: e5v-search rebuild")
+        return found
+
+
+def _canonical(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    return list(dict.fromkeys(os.path.realpath(os.path.expanduser(os.fspath(path))) for path in paths))

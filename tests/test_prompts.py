@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+
+from e5v_search.errors import UsageError
+from e5v_search.prompts import LLAMA3_CHAT, PROMPT_SETS, load_prompts
+
+
+def test_the_papers_strings_to_the_letter() -> None:
+    assert LLAMA3_CHAT == (
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n \n"
+    )
+    assert PROMPT_SETS["retrieval"].text == "<sent>\nSummary above sentence in one word: "
+    assert PROMPT_SETS["retrieval"].image == "<image>\nSummary above image in one word: "
+    assert PROMPT_SETS["cirr"].image == "<image>\n Describe this image in one word:"
+    assert PROMPT_SETS["cirr"].composed == '<image>Modify this image with "<sent>", desribe modified image in one word:'
+    assert PROMPT_SETS["sts"].text == " <sent>\nSummary above sentence in one word:"
+    assert PROMPT_SETS["last"].text == "<sent>"
+    for category, word in (("dress", "dress"), ("shirt", "shirt"), ("toptee", "shirt")):
+        fashion = PROMPT_SETS[f"fashioniq-{category}"]
+        assert fashion.image == f"<image>\n Describe this {word} in one word based on its style:"
+        assert fashion.composed == (
+            f"<image> change the style of this {word} to <sent>\n Desribe this modified {word} in one word based on its style:"
+        )
+
+
+def test_names_of_design_are_all_there() -> None:
+    assert set(PROMPT_SETS) == {
+        "retrieval", "cirr", "fashioniq-dress", "fashioniq-shirt", "fashioniq-toptee", "sts", "last", "prompt",
+    }  # fmt: skip
+
+
+def test_missing_prompt_says_what_the_set_has() -> None:
+    with pytest.raises(UsageError, match=r"'retrieval' has no composed prompt \(it has: text, image\)"):
+        PROMPT_SETS["retrieval"].get("composed")
+
+
+def test_file_of_the_users(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('text = "<sent> in a word:"\nimage = "<image> in a word:"\n')
+    prompts = load_prompts(path)
+    assert (prompts.name, prompts.text, prompts.composed) == ("mine", "<sent> in a word:", None)
+
+
+def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text('text = "no place"\nimage = 3\ncomposed = "<image><image> <sent>"\npicture = "x"\n')
+    with pytest.raises(UsageError) as error:
+        load_prompts(path)
+    for part in ("unknown key 'picture'", "'text' must hold <sent>", "'image' must be a string", "'composed' must hold <image> and <sent>"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "nowhere.toml"])
+def test_unknown_set(name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        load_prompts(name)
