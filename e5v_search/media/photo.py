@@ -1,0 +1,225 @@
+"""Reading one photo: bounded, decoded once, turned upright; a foreign exception becomes one line that says what is wrong."""
+
+import hashlib
+import io
+import os
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from e5v_search.errors import MediaError, MissingPackage, NotAPicture, PictureTooLarge, UnreadableFile
+from e5v_search.media.exif import Exif, read_exif
+from e5v_search.media.pixels import to_rgb, turn
+from e5v_search.media.scan import shown
+
+MAX_PIXELS = 128_000_000  # a 108-megapixel phone camera fits; decoded, that is 512 MB
+MAX_BYTES = 512 * 2**20
+_LARGE_PIXELS = 24_000_000
+_LARGE_BYTES = 64 * 2**20
+_HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
+
+# Threads decode ordinary photos side by side, but large ones one after the other, so that memory does not grow with the
+# number of threads.
+_one_large_picture = threading.RLock()
+
+# Pillow warns about garbled metadata, which is no news to the user of a photo that is read all the same.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a photo apart from its pixels. Width and height are those of the upright picture."""
+
+    width: int
+    height: int
+    format: str
+    taken_at: str | None = None  # ISO 8601, local time, with an offset when the camera wrote one
+    lat: float | None = None  # degrees, south negative
+    lon: float | None = None  # degrees, west negative
+    camera: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    image: Image.Image  # upright, RGB, decoded
+    facts: Facts
+    content_hash: str  # SHA-256 of the file, hexadecimal
+
+
+def content_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of the file's bytes, 64 hexadecimal digits. Raises UnreadableFile."""
+    _file_size(path)
+    with _system_errors(), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_photo(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Photo:
+    """The photo at `path`, from one reading of the file, so that pixels, facts and hash belong together.
+
+    Raises UnreadableFile, NotAPicture, PictureTooLarge; the reason does not repeat the path. Safe in many threads.
+    """
+    with _read(path, max_bytes) as data:
+        image, facts = _decode(data, max_pixels)
+        return Photo(image, facts, hashlib.sha256(data).hexdigest())
+
+
+def decode(path: str | os.PathLike[str]) -> tuple[Image.Image, Facts]:
+    """`read_photo` for those who have the hash already."""
+    with _read(path, MAX_BYTES) as data:
+        return _decode(data, MAX_PIXELS)
+
+
+def open_picture(source: str | bytes | Path | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An upright RGB picture from a path, from the bytes of a picture file, or from a PIL image.
+
+    Raises as `read_photo` does; for a path the message begins with it.
+    """
+    if isinstance(source, Image.Image):
+        _check_size(source.size, max_pixels)
+        return _upright(source, source.format or "picture")[0]
+    if isinstance(source, bytes):
+        return _decode(source, max_pixels)[0]
+    try:
+        return read_photo(source, max_pixels).image
+    except MediaError as error:
+        raise type(error)(f"{shown(source)}: {error}") from error
+
+
+def _file_size(path: str | os.PathLike[str]) -> int:
+    """Size of a regular file. Nothing else is ever opened: a pipe would block, and a device may do anything."""
+    with _system_errors():
+        status = os.stat(path)
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size
+    raise UnreadableFile("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "a pipe or device, not a file")
+
+
+@contextmanager
+def _read(path: str | os.PathLike[str], max_bytes: int) -> Iterator[bytes]:
+    size = _file_size(path)
+    if size > max_bytes:
+        raise PictureTooLarge(f"the file has {size / 2**20:,.0f} MB; the limit is {max_bytes / 2**20:,.0f} MB")
+    with _in_turn(size > _LARGE_BYTES):
+        with _system_errors(), open(path, "rb") as file:
+            data = file.read()
+        yield data
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableFile((error.strerror or str(error)).lower()) from error
+    except ValueError as error:  # a NUL in the name
+        raise UnreadableFile(str(error)) from error
+
+
+def _in_turn(large: bool) -> AbstractContextManager[Any]:
+    return _one_large_picture if large else nullcontext()
+
+
+def _decode(data: bytes, max_pixels: int) -> tuple[Image.Image, Facts]:
+    name = _format(data)
+    image = _opened(name, data)
+    _check_size(image.size, max_pixels)
+    with _in_turn(image.width * image.height > _LARGE_PIXELS):
+        picture, exif = _upright(image, name)
+    return picture, Facts(picture.width, picture.height, name, exif.taken_at, exif.lat, exif.lon, exif.camera)
+
+
+def _format(data: bytes) -> str:
+    """The format by what the bytes begin with: only its decoder is imported, and only decoders of photos ever run."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if data.startswith(b"BM"):
+        return "BMP"
+    if data[4:8] == b"ftyp":
+        length = min(int.from_bytes(data[:4], "big"), 256)
+        brands = {data[i : i + 4] for i in (8, *range(16, length, 4))}
+        if brands & {b"avif", b"avis"}:
+            return "AVIF"
+        if brands & _HEIF_BRANDS:
+            return "HEIF"
+    if not data.strip(b"\0"):
+        raise NotAPicture("the file holds nothing but zeros" if data else "the file is empty")
+    raise NotAPicture("not a picture (neither JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC nor AVIF)")
+
+
+def _opened(name: str, data: bytes) -> Image.Image:
+    """The picture with its header read and its pixels not decoded yet."""
+    if name == "HEIF":
+        _register_heif()
+    else:
+        import_module(_PLUGINS[name])
+    factory = Image.OPEN[name][0]
+    with _decoder_errors(name):
+        # not Image.open: it has a limit of its own, global to the process, and warns below it
+        return factory(io.BytesIO(data), "")
+
+
+_PLUGINS = {
+    "JPEG": "PIL.JpegImagePlugin",
+    "PNG": "PIL.PngImagePlugin",
+    "WEBP": "PIL.WebPImagePlugin",
+    "GIF": "PIL.GifImagePlugin",
+    "TIFF": "PIL.TiffImagePlugin",
+    "BMP": "PIL.BmpImagePlugin",
+    "AVIF": "PIL.AvifImagePlugin",
+}
+
+
+def _register_heif() -> None:
+    if "HEIF" in Image.OPEN:
+        return
+    try:
+        import pillow_heif  # loads libheif: only for those who have such photos
+    except ImportError as error:
+        raise MissingPackage("HEIC photos need one more package: pip install pillow-heif") from error
+    pillow_heif.register_heif_opener()
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        mega, limit = width * height / 1e6, max_pixels / 1e6
+        raise PictureTooLarge(f"{width:,} x {height:,} pixels are {mega:,.0f} megapixels; the limit is {limit:,.0f} megapixels")
+
+
+def _upright(image: Image.Image, name: str) -> tuple[Image.Image, Exif]:
+    with _decoder_errors(name):
+        image.load()
+        exif = read_exif(image)
+        return to_rgb(turn(image, exif.orientation)), exif
+
+
+@contextmanager
+def _decoder_errors(name: str) -> Iterator[None]:
+    """Decoders meet arbitrary bytes and raise nearly anything: OSError, SyntaxError, struct.error, KeyError, ..."""
+    try:
+        yield
+    except MemoryError as error:
+        raise PictureTooLarge("not enough memory to decode it") from error
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        word = "truncated" if "truncat" in reason.lower() else "damaged"
+        raise NotAPicture(f"{word} {name}: {reason}") from error

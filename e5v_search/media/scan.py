@@ -1,0 +1,316 @@
+"""Finding photos under folders, each once, and saying why a known one that was not found may still be there."""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+# lower case
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif"}
+)
+
+_Id = tuple[int, int]  # (st_dev, st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file to look into. `path` is absolute; bytes that are no UTF-8 are surrogates in it (os.fsdecode)."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    on_mount: bool  # lies on another file system than its root does
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    path: str
+    reason: str
+
+
+class Scan:
+    """The photos under `roots` (files and folders), in an order that depends on names alone.
+
+    - In folders a photo is what has one of SUFFIXES; a file that is itself a root is taken whatever its name is.
+    - Names with a leading dot are passed over, unless they are roots.
+    - A folder is entered once, however many links or roots lead to it, and by its own name rather than by a link's.
+    - A link to a file is taken when the scan does not come across the file itself; of several such links, the first.
+
+    Iterating fills `problems` (what could not be looked at) and `warnings`; `missing` are roots that are not there.
+    """
+
+    def __init__(self, roots: Sequence[str | os.PathLike[str]]) -> None:
+        self.roots = list(dict.fromkeys(os.path.realpath(os.fsdecode(root)) for root in roots))
+        self._root_set = set(self.roots)
+        self.missing = [root for root in self.roots if not _exists(root)]
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self.problems.clear()
+        self.warnings.clear()
+        self._entered: set[_Id] = set()
+        self._unreadable: set[str] = set()
+        self._empty: set[str] = set()  # roots and linked folders without any entry
+        self._explicit: set[str] = set()  # roots that are files
+        self._linked: list[tuple[str, int]] = []  # links met on the way, with the device of their root
+        self._states: dict[str, tuple[str | None, int]] = {}
+
+    def __iter__(self) -> Iterator[Found]:
+        self._reset()
+        self.missing = []
+        started: dict[str, _Id] = {}
+        folders: list[tuple[str, int]] = []
+        for root in self.roots:
+            try:
+                status = os.stat(root)
+            except (FileNotFoundError, NotADirectoryError):
+                self._lose(root)
+                continue
+            except OSError as error:
+                self._cannot_enter(root, error)
+                continue
+            started[root] = (status.st_dev, status.st_ino)
+            if stat.S_ISDIR(status.st_mode):
+                folders.append((root, status.st_dev))
+            elif found := self._file(root, status, on_mount=False):
+                self._explicit.add(root)
+                yield found
+        for root, device in folders:
+            yield from self._walk(root, device)
+        yield from self._follow_links()
+        for root, identity in started.items():
+            # a disk that goes away during the scan looks like a folder with fewer files
+            if _identity(root) != identity:
+                self._lose(root)
+
+    def _lose(self, root: str) -> None:
+        self.missing.append(root)
+        self._warn(f"{shown(root)} is not there (an unmounted disk?): nothing under it is forgotten")
+
+    def _walk(self, top: str, root_device: int) -> Iterator[Found]:
+        pending = [top]
+        while pending:
+            path = pending.pop()
+            try:
+                status = os.stat(path)
+                identity = (status.st_dev, status.st_ino)
+                if identity in self._entered:
+                    continue
+                with os.scandir(path) as listing:
+                    entries = sorted(listing, key=lambda entry: entry.name)
+            except FileNotFoundError:
+                continue  # deleted while we look
+            except OSError as error:
+                self._cannot_enter(path, error)
+                continue
+            self._entered.add(identity)
+            if not entries and path == top:
+                self._empty.add(path)
+            folders: list[str] = []
+            # the device of the folder, not of its files: an overlay file system gives files other devices
+            on_mount = status.st_dev != root_device
+            own_name = os.path.realpath(path) if self._explicit else path
+            for entry in entries:
+                if entry.name.startswith(".") or os.path.join(own_name, entry.name) in self._explicit:
+                    continue
+                try:
+                    found = self._entry(entry, on_mount, root_device, folders)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    self.problems.append(Problem(entry.path, _words(error)))
+                    continue
+                if found:
+                    yield found
+            pending += reversed(folders)
+
+    def _entry(self, entry: os.DirEntry[str], on_mount: bool, root_device: int, folders: list[str]) -> Found | None:
+        if entry.is_symlink():
+            self._linked.append((entry.path, root_device))
+        elif entry.is_dir(follow_symlinks=False):
+            folders.append(entry.path)
+        elif _has_photo_suffix(entry.name):
+            return self._file(entry.path, entry.stat(follow_symlinks=False), on_mount)
+        return None
+
+    def _file(self, path: str, status: os.stat_result, on_mount: bool) -> Found | None:
+        if stat.S_ISREG(status.st_mode):
+            return Found(path, status.st_size, status.st_mtime_ns, on_mount)
+        self.problems.append(Problem(path, f"{_kind(status.st_mode)}, not a file"))
+        return None
+
+    def _follow_links(self) -> Iterator[Found]:
+        """Links, after all that goes by its own name; linked folders before linked files."""
+        to_files: list[tuple[str, int]] = []
+        while self._linked:
+            links, self._linked = self._linked, []
+            for path, root_device in links:
+                try:
+                    is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+                except (FileNotFoundError, NotADirectoryError):
+                    if _has_photo_suffix(path):
+                        self.problems.append(Problem(path, "a link to a file that is not there"))
+                    continue
+                except OSError as error:
+                    self._cannot_enter(path, error)
+                    continue
+                if is_folder:
+                    yield from self._walk(path, root_device)
+                elif _has_photo_suffix(path):
+                    to_files.append((path, root_device))
+        taken: set[str] = set()
+        for path, root_device in to_files:
+            target = os.path.realpath(path)
+            if target in taken or self._comes_across(target):
+                continue
+            taken.add(target)
+            try:
+                device = os.stat(os.path.dirname(target)).st_dev
+                found = self._file(path, os.stat(path), on_mount=device != root_device)
+            except OSError as error:
+                self.problems.append(Problem(path, _words(error)))
+                continue
+            if found:
+                yield found
+
+    def _comes_across(self, target: str) -> bool:
+        """Whether the scan takes the file `target` (a path without links) by another name than that of a link to it."""
+        if target in self._explicit:
+            return True
+        folder, name = os.path.split(target)
+        return not name.startswith(".") and _has_photo_suffix(name) and _identity(folder) in self._entered
+
+    def _cannot_enter(self, path: str, error: OSError) -> None:
+        self._unreadable.add(path)
+        self.problems.append(Problem(path, _words(error)))
+
+    # what was known and is not seen any more
+
+    def covers(self, path: str) -> bool:
+        """Whether `path` is one of the roots or lies under one."""
+        return bool(self._roots_of(path))
+
+    def keep_reason(self, path: str, on_mount: bool) -> str | None:
+        """Why a file that an earlier scan found and this one did not must not be forgotten; None: it is really gone.
+
+        `on_mount` is what the earlier Found said. To be asked after the iteration; may add to `warnings`.
+        """
+        roots = self._roots_of(path)
+        if not roots:
+            return "it lies under none of the folders that were looked at"
+        for root in roots:
+            if root in self.missing:
+                return f"{shown(root)} is not there"
+        try:
+            if stat.S_ISREG(os.stat(path).st_mode):
+                target = os.path.realpath(path)
+                # a file that once was a root stays, though no folder's rules take it; a second name of a photo does not
+                return None if target != path and self._comes_across(target) else "it is still there"
+        except (FileNotFoundError, NotADirectoryError):
+            if os.path.islink(path):
+                return "it is a link to a file that is not there"
+        except OSError as error:
+            return _words(error)
+        reason, device = self._state(os.path.dirname(path))
+        if reason is None and on_mount and any(_device(root) == device for root in roots):
+            reason = "the disk it was on is not mounted"
+            self._warn(f"a disk under {shown(roots[-1])} is not mounted: its photos are not forgotten")
+        return reason
+
+    def _roots_of(self, path: str) -> list[str]:
+        """The roots that are `path` or above it, innermost first."""
+        roots = []
+        while True:
+            if path in self._root_set:
+                roots.append(path)
+            above = os.path.dirname(path)
+            if above == path:
+                return roots
+            path = above
+
+    def _state(self, folder: str) -> tuple[str | None, int]:
+        """Why the content of `folder` cannot be known now (None: it can), and the device of its nearest existing ancestor."""
+        chain = []
+        while folder not in self._states:
+            chain.append(folder)
+            if folder in self._root_set or os.path.dirname(folder) == folder:
+                break
+            folder = os.path.dirname(folder)
+        reason, device = self._states.get(folder, (None, 0))
+        for each in reversed(chain):
+            if reason is None:
+                reason, device = self._look_at(each, device)
+            self._states[each] = reason, device
+        return reason, device
+
+    def _look_at(self, folder: str, device_above: int) -> tuple[str | None, int]:
+        reason = None
+        device = device_above
+        if folder in self._unreadable:
+            return f"{shown(folder)} cannot be read", device
+        try:
+            device = os.stat(folder).st_dev
+            if folder in self._empty:
+                reason = f"{shown(folder)} is empty (an unmounted disk?)"
+        except (FileNotFoundError, NotADirectoryError):
+            if os.path.islink(folder):
+                reason = f"{shown(folder)} is a link to a folder that is not there"
+        except OSError as error:
+            return f"{shown(folder)}: {_words(error)}", device
+        if reason is not None:
+            self._warn(f"{reason}: nothing under it is forgotten")
+        return reason, device
+
+    def _warn(self, line: str) -> None:
+        if line not in self.warnings:
+            self.warnings.append(line)
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """`path` as one line of printable text, whatever bytes its name is made of."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _has_photo_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _exists(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass  # there, as far as one can tell: the iteration will say what is wrong with it
+    return True
+
+
+def _identity(path: str) -> _Id | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _device(path: str) -> int | None:
+    identity = _identity(path)
+    return identity and identity[0]
+
+
+def _words(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    if stat.S_ISSOCK(mode):
+        return "a socket"
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a device"
