@@ -11,7 +11,8 @@ from e5v_search.media.photo import open_picture
 from e5v_search.media.scan import shown
 
 _SCALE = 2  # pixels per unit of the lengths below, so that the sheet is sharp on today's screens
-_CELL = 200  # a square for every photo, whatever its shape
+_CELL = (216, 162)
+_TRIM = 0.15  # a photo of nearly the cell's shape fills it and loses at most this part; any other is shown whole
 _GAP = 18
 _MARGIN = 30
 _RADIUS = 8
@@ -42,48 +43,50 @@ def draw_sheet(hits: Sequence[tuple[_Picture, str]], title: str = "", columns: i
     rows = -(-len(hits) // columns)
     lines = max((caption.count("\n") + 1 for _, caption in hits if caption), default=0)
     title_font, font = _font(_TITLE_SIZE), _font(_CAPTION_SIZE)
-    cell, gap, margin = _CELL * _SCALE, _GAP * _SCALE, _MARGIN * _SCALE
+    (wide, high), gap, margin = _cell_size(), _GAP * _SCALE, _MARGIN * _SCALE
     line_height = round(_CAPTION_SIZE * _LEADING * _SCALE)
     caption_height = lines * line_height + 7 * _SCALE if lines else 0
     head = round(_TITLE_SIZE * 2 * _SCALE) if title else 0
 
-    width = 2 * margin + columns * cell + (columns - 1) * gap
-    height = 2 * margin + head + rows * (cell + caption_height) + max(rows - 1, 0) * gap
+    width = 2 * margin + columns * wide + (columns - 1) * gap
+    height = 2 * margin + head + rows * (high + caption_height) + max(rows - 1, 0) * gap
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
+    corners = Image.new("L", (wide, high), 0)
+    ImageDraw.Draw(corners).rounded_rectangle((0, 0, wide - 1, high - 1), _RADIUS * _SCALE, 255)
     if title:
         draw.text((margin, margin), _cut(title, title_font, width - 2 * margin), _INK, title_font, anchor="lt")
     for i, (picture, caption) in enumerate(hits):
-        x = margin + (i % columns) * (cell + gap)
-        y = margin + head + (i // columns) * (cell + caption_height + gap)
-        sheet.paste(_cell(picture, cell), (x, y), _rounded(cell))
+        x = margin + (i % columns) * (wide + gap)
+        y = margin + head + (i // columns) * (high + caption_height + gap)
+        sheet.paste(_cell(picture), (x, y), corners)
         for n, line in enumerate(caption.split("\n")):
-            place = (x + _SCALE, y + cell + 7 * _SCALE + n * line_height)
-            draw.text(place, _cut(line, font, cell - 2 * _SCALE), _FAINT if n else _INK, font, anchor="la")
+            place = (x + _SCALE, y + high + 7 * _SCALE + n * line_height)
+            draw.text(place, _cut(line, font, wide - 2 * _SCALE), _FAINT if n else _INK, font, anchor="la")
     return sheet
 
 
-def _cell(picture: _Picture, side: int) -> Image.Image:
-    """The whole photo in the middle of a square mat, enlarged to touch its edges."""
-    mat = Image.new("RGB", (side, side), _MAT)
+def _cell_size() -> tuple[int, int]:
+    return _CELL[0] * _SCALE, _CELL[1] * _SCALE
+
+
+def _cell(picture: _Picture) -> Image.Image:
+    """The photo in the middle of a mat that has the size of a cell."""
+    wide, high = _cell_size()
+    mat = Image.new("RGB", (wide, high), _MAT)
     try:
         image = open_picture(picture if isinstance(picture, Image.Image) else Path(picture))
     except MediaError:
         name = "not a picture" if isinstance(picture, Image.Image) else shown(os.path.basename(os.fspath(picture)))
         font = _font(_CAPTION_SIZE)
-        ImageDraw.Draw(mat).text((side // 2, side // 2), _cut(name, font, round(side * 0.9)), _FAINT, font, anchor="mm")
+        ImageDraw.Draw(mat).text((wide // 2, high // 2), _cut(name, font, round(wide * 0.9)), _FAINT, font, anchor="mm")
         return mat
-    scale = side / max(image.size)
+    inside, outside = sorted((wide / image.width, high / image.height))
+    scale = outside if inside / outside >= 1 - _TRIM else inside
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
-    mat.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    mat.paste(image, ((wide - size[0]) // 2, (high - size[1]) // 2))
     return mat
-
-
-def _rounded(side: int) -> Image.Image:
-    mask = Image.new("L", (side, side), 0)
-    ImageDraw.Draw(mask).rounded_rectangle((0, 0, side - 1, side - 1), _RADIUS * _SCALE, 255)
-    return mask
 
 
 def _font(size: float) -> _Font:
