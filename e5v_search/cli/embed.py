@@ -1,0 +1,138 @@
+"""`embed`: vectors of texts, pictures or pictures with changes into a file, without a collection."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from e5v_search.cli.options import debug_option, examples, json_option, model_options, quiet_option
+from e5v_search.cli.printing import print_json, printable, shown_path
+from e5v_search.cli.progress import Progress
+from e5v_search.cli.rows import composed_job, embed_rows, image_job, text_job
+from e5v_search.errors import E5VError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@click.command(
+    epilog=examples(
+        "e5v-search embed --texts captions.txt --out texts.npy",
+        "e5v-search embed --images photos dog.jpg --out images.npy --json --quiet",
+        "e5v-search embed --composed changes.jsonl --out changed.npy --prompts cirr",
+        "e5v-search embed --texts captions.txt --out texts.npy --model e5v-tiny --device cpu --dtype float32",
+    )
+)
+@click.option("--texts", type=click.Path(path_type=Path), metavar="FILE", help="A text a line, in UTF-8.")
+@click.option("--images", multiple=True, type=click.Path(path_type=Path), metavar="PATH...", help="Photos and folders.")
+@click.option(
+    "--composed",
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help='A line each: {"image": path, "text": change}; paths are relative to the working folder.',
+)
+@click.argument("more", nargs=-1, type=click.Path(path_type=Path), metavar="")
+@click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.npy", help="Where to write."
+)
+@click.option("--prompts", metavar="SET|FILE.toml", help="The prompt set; else retrieval, for --composed cirr.")
+@model_options
+@json_option
+@quiet_option
+@debug_option
+@click.pass_context
+def embed(
+    ctx: click.Context,
+    texts: Path | None,
+    images: tuple[Path, ...],
+    composed: Path | None,
+    more: tuple[Path, ...],
+    out: Path,
+    prompts: str | None,
+    model: str,
+    device: str,
+    dtype: str,
+    quantize: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write embeddings to a .npy file: float32, a row of length 1 for each input, in the order of the inputs.
+
+    An input that cannot be used leaves a row of zeros, is listed, and makes the exit code 1.
+    """
+    if bool(texts) + bool(images) + bool(composed) != 1:
+        raise click.UsageError("give one of --texts FILE, --images PATH..., --composed FILE.jsonl")
+    if more and not images:
+        raise click.UsageError(f"{more[0]}: only --images takes more than one path")
+    start = time.monotonic()
+    job = text_job(texts) if texts else composed_job(composed) if composed else image_job([*images, *more])
+    prompts = prompts or ("cirr" if job.kind == "composed" else "retrieval")
+    from e5v_search.prompts import load_prompts
+
+    load_prompts(prompts).get(job.kind)  # a mistake there need not wait for the model
+    with _reserved(out) as save:
+        from e5v_search.backbones import Embedder
+
+        embedder = Embedder.load(model, device=device, dtype=dtype, quantize=quantize)
+        with Progress("Embedding", "text" if job.kind == "text" else "photo", quiet) as progress:
+            x = embed_rows(job, embedder, prompts, lambda done: progress.update(done, len(job.rows), len(job.failed)))
+        save(x)
+    seconds = time.monotonic() - start
+    for failure in job.failed:
+        click.echo(f"{printable(failure.input)}: {printable(failure.reason)}", err=True)
+    if as_json:
+        print_json(
+            {
+                "out": str(out),
+                "rows": len(x),
+                "dim": embedder.dim,
+                "fingerprint": embedder.fingerprint,
+                "prompts": prompts,
+                "inputs": [row.input for row in job.rows],
+                "failed": [asdict(failure) for failure in job.failed],
+                "seconds": round(seconds, 3),
+            }
+        )
+    else:
+        click.echo(f"{len(x):,} × {embedder.dim} float32 in {shown_path(str(out))} ({seconds:.1f} s)")
+        click.echo(f"made by {embedder.fingerprint}" + ("" if prompts == "retrieval" else f", prompts {prompts}"))
+    if job.failed:
+        ctx.exit(1)
+
+
+@contextmanager
+def _reserved(path: Path) -> Iterator[Callable[["np.ndarray"], None]]:
+    """A function that saves a matrix at `path`, whole or not at all. A place that cannot be written fails here already."""
+    import numpy as np
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        file = temporary.open("xb")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+    def save(x: np.ndarray) -> None:
+        try:
+            np.save(file, x)
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            temporary.replace(path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    try:
+        yield save
+    finally:
+        with suppress(OSError):
+            file.close()
+        temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> E5VError:
+    return E5VError(f"{path} cannot be written: {error.strerror or error}; choose another place with --out")

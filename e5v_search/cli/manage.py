@@ -1,0 +1,101 @@
+"""What a collection holds, whether it is sound, and what to take out of it: status, verify, rebuild, forget."""
+
+import time
+from pathlib import Path
+
+import click
+
+from e5v_search.cli.options import collection_option, debug_option, examples, json_option
+from e5v_search.cli.printing import count, print_json, printable, size, warn
+
+_SHOWN_FAILURES = 5
+
+
+@click.command(epilog=examples("e5v-search status", "e5v-search status -c holidays --json"))
+@collection_option
+@json_option
+@debug_option
+def status(collection: str, as_json: bool) -> None:
+    """Say what a collection holds."""
+    from e5v_search.collection import Collection
+
+    with Collection.open(collection, create=False) as source:
+        state = source.status()
+        failures = source.catalog.failures()
+        roots = source.catalog.roots()
+    if as_json:
+        print_json(state)
+        return
+    items, index = state["items"], state["index"]
+    nouns = (("image", "photo"), ("text", "text"), ("rendered", "rendered text"))
+    lines = [
+        ("collection", state["collection"]),
+        ("model", state["fingerprint"] or "none yet"),
+        ("items", ", ".join(count(items[kind], noun) for kind, noun in nouns if items[kind] or kind == "image")),
+        ("index", f"{index['kind']}, {count(index['vectors'], 'vector')}{' (the next search renews it)' * index['stale']}"),
+        ("on disk", size(state["bytes"])),
+        *(("from" if n == 0 else "", path) for n, (path, _) in enumerate(roots)),
+        *([("failed", count(state["failed"], "file"))] if failures else []),
+    ]
+    for name, value in lines:
+        click.echo(f"{click.style(f'{name:<10}', dim=True)}  {printable(value)}")
+    for path, reason in failures[:_SHOWN_FAILURES]:
+        click.echo(f"            {printable(path)}: {printable(reason)}")
+    if len(failures) > _SHOWN_FAILURES:
+        click.echo(f"            … and {len(failures) - _SHOWN_FAILURES:,} more")
+
+
+@click.command(epilog=examples("e5v-search verify", "e5v-search verify -c holidays --json"))
+@collection_option
+@json_option
+@debug_option
+@click.pass_context
+def verify(ctx: click.Context, collection: str, as_json: bool) -> None:
+    """Check that catalog and index are sound and agree. Exit code 3 if they are not."""
+    from e5v_search.collection import Collection
+
+    with Collection.open(collection, create=False) as source:
+        errors = source.verify()
+    if as_json:
+        print_json({"errors": errors})
+    else:
+        click.echo("\n".join(map(printable, errors)) or "no errors")
+    if errors:
+        ctx.exit(3)
+
+
+@click.command(epilog=examples("e5v-search rebuild", "e5v-search rebuild -c holidays --json"))
+@collection_option
+@json_option
+@debug_option
+def rebuild(collection: str, as_json: bool) -> None:
+    """Make the index anew from the catalog. No photo is read."""
+    from e5v_search.collection import Collection
+
+    start = time.monotonic()
+    with Collection.open(collection, create=False) as target:
+        vectors = target.rebuild()
+    seconds = time.monotonic() - start
+    if as_json:
+        print_json({"vectors": vectors, "seconds": round(seconds, 3)})
+    else:
+        click.echo(f"index of {count(vectors, 'vector')} built in {seconds:.1f} s")
+
+
+@click.command(epilog=examples("e5v-search forget photos/old", "e5v-search forget dog.jpg -c holidays --json"))
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@collection_option
+@json_option
+@debug_option
+def forget(paths: tuple[Path, ...], collection: str, as_json: bool) -> None:
+    """Take photos and folders out of a collection. The files stay where they are."""
+    from e5v_search.collection import Collection
+
+    with Collection.open(collection, create=False) as target:
+        removed = target.forget(paths)
+    if as_json:
+        print_json({"removed": removed})
+        return
+    if not removed:
+        warn(f"the collection holds nothing of {', '.join(map(str, paths))}")
+    click.echo(f"forgot {count(removed, 'item')}; the files are untouched")

@@ -1,0 +1,62 @@
+"""Options that several commands share, worded once."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+DEBUG = "e5v_search.debug"
+DEFAULT_COLLECTION = "default"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text; \\b keeps click from filling the lines into a paragraph."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
+
+
+def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[DEBUG] = True
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show where an error comes from."
+)
+
+collection_option = click.option(
+    "-c",
+    "--collection",
+    default=DEFAULT_COLLECTION,
+    show_default=True,
+    metavar="NAME|PATH",
+    help="The collection: a name in $E5V_HOME or the platform's data folder, or a path with a separator in it.",
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but what went wrong.")
+
+
+def model_options(command: F) -> F:
+    """--model, --device, --dtype and --quantize, in this order, as keywords `model`, `device`, `dtype`, `quantize`."""
+    for option in (
+        click.option("--quantize", type=click.Choice(["4bit", "8bit"]), help="Hold the weights in 4 or 8 bit (bitsandbytes)."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+            default="auto",
+            show_default=True,
+            help="Number format of the weights.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps."),
+        click.option(
+            "--model",
+            default="auto",
+            show_default=True,
+            metavar="auto|NAME|ID|DIR",
+            help="The model: auto, a name from `e5v-search models`, a hub id owner/name, or a checkpoint folder.",
+        ),
+    ):
+        command = option(command)
+    return command

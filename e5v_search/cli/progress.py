@@ -1,0 +1,81 @@
+"""How far the work is, on stderr: a bar on a terminal, elsewhere a plain line now and then."""
+
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any, Self
+
+import click
+
+from e5v_search.cli.printing import count
+
+_LINE_SECONDS = 10.0
+
+
+class Progress:
+    """A context manager; `update` may be called as often as one likes."""
+
+    def __init__(self, title: str, noun: str, quiet: bool = False) -> None:
+        self._title, self._noun, self._quiet = title, noun, quiet
+        self._stack = ExitStack()
+        self._bar: Any = None
+        self._last = (time.monotonic(), 0)
+
+    def __enter__(self) -> Self:
+        if not self._quiet and sys.stderr.isatty():
+            self._bar = self._stack.enter_context(_bar())
+            self._task = self._bar.add_task(self._title, total=None, rate="", failed="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def update(self, done: int, total: int, failed: int = 0) -> None:
+        done = min(done, total)  # files that appear while one looks
+        if self._bar is not None:
+            speed = self._bar.tasks[self._task].speed
+            self._bar.update(
+                self._task,
+                completed=done,
+                total=total,
+                rate=f"{speed:,.3g} {self._noun}s/s" if speed and speed < 1000 else "",
+                failed=f"[yellow]{failed:,} failed[/]" if failed else "",
+            )
+        elif not self._quiet:
+            self._line(done, total, failed)
+
+    def _line(self, done: int, total: int, failed: int) -> None:
+        now, (before, done_before) = time.monotonic(), self._last
+        if now - before < _LINE_SECONDS:
+            return
+        rate = (done - done_before) / (now - before)
+        self._last = now, done
+        parts = [f"{done:,} of {count(total, self._noun)}"]
+        if rate > 0:
+            parts += [f"{rate:,.3g}/s", f"{_duration((total - done) / rate)} left"]
+        if failed:
+            parts.append(f"{failed:,} failed")
+        click.echo(", ".join(parts), err=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30, style="dim", complete_style="cyan", finished_style="cyan", pulse_style="cyan"),
+        MofNCompleteColumn(),
+        TextColumn("[dim]{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[failed]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
