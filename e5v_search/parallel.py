@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -11,7 +11,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T], workers: int | None = None, depth: int = 64) -> Iterator[R]:
+def ahead(work: Callable[[T], R], items: Iterable[T], workers: int | None = None, depth: int = 64) -> Generator[R, None, None]:
     """`map(work, items)` in order, with at most `depth` results under way or waiting.
 
     Threads, not processes: decoding, resizing and hashing release the interpreter lock. `items` is consumed by the

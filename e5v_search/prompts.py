@@ -46,7 +46,8 @@ def _fashioniq(category: str, word: str) -> PromptSet:
         f"fashioniq-{category}",
         text=_TEXT,
         image=f"<image>\n Describe this {word} in one word based on its style:",
-        composed=f"<image> change the style of this {word} to <sent>\n Desribe this modified {word} in one word based on its style:",
+        composed=f"<image> change the style of this {word} to <sent>\n "
+        f"Desribe this modified {word} in one word based on its style:",
     )
 
 

@@ -1,6 +1,7 @@
 """A query as a value: a text, a picture, a picture and a change to it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from e5v_search.embedder import Picture
@@ -38,12 +39,10 @@ class Query:
         return self.modify is not None
 
     def to_json(self) -> dict[str, Any]:
-        image = self.image if isinstance(self.image, int) else None
-        if isinstance(self.image, str):
+        image: str | int | None = "<picture>"  # bytes and PIL images have no name
+        if self.image is None or isinstance(self.image, str | int):
             image = self.image
-        elif hasattr(self.image, "__fspath__"):
+        elif isinstance(self.image, Path):
             image = str(self.image)
-        elif self.image is not None and image is None:
-            image = "<picture>"
         parts = {"text": self.text, "image": image, "modify": self.modify}
         return {name: value for name, value in parts.items() if value is not None}

@@ -31,7 +31,7 @@ SENTENCES = [
     "a dog runs on the grass.",
     "Two children play in the snow",
     "Summary above sentence in one word, modify this image: describe!",
-    "users and assistants, a red car; \"quoted\"?\n\nnew lines",
+    'users and assistants, a red car; "quoted"?\n\nnew lines',
 ]
 
 
@@ -77,7 +77,9 @@ def build(folder: Path, mistral: bool = False, seed: int = 0) -> tuple[Path, Pat
     more = {"sliding_window": None} if mistral else {}
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**vision),
-        text_config=kind(**text | {"vocab_size": image_id + 64}, rope_parameters={"rope_type": "default", "rope_theta": theta}, **more),
+        text_config=kind(
+            **text | {"vocab_size": image_id + 64}, rope_parameters={"rope_type": "default", "rope_theta": theta}, **more
+        ),
         image_token_index=image_id,
         image_grid_pinpoints=PINPOINTS,
         tie_word_embeddings=False,
@@ -87,7 +89,9 @@ def build(folder: Path, mistral: bool = False, seed: int = 0) -> tuple[Path, Pat
     with torch.no_grad():
         for name, p in model.named_parameters():
             # the library's init is so small that every input would look alike, and a bug with it
-            p.copy_(torch.randn_like(p) * (0.02 if "norm" in name else 0.12) + (1.0 if "norm" in name and "weight" in name else 0.0))
+            p.copy_(
+                torch.randn_like(p) * (0.02 if "norm" in name else 0.12) + (1.0 if "norm" in name and "weight" in name else 0.0)
+            )
     model = model.half().eval()
 
     current = folder / "current"

@@ -68,7 +68,10 @@ def test_killed_runs_lose_nothing(photos: Path, model: Path, tmp_path: Path) -> 
     place = tmp_path / "killed"
     rng = random.Random(7)
     zygote = subprocess.Popen(
-        [sys.executable, "-c", ZYGOTE, str(photos), str(place), str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", ZYGOTE, str(photos), str(place), str(model)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert zygote.stdin is not None
     assert zygote.stdout is not None
@@ -118,9 +121,7 @@ def test_killed_runs_lose_nothing(photos: Path, model: Path, tmp_path: Path) -> 
         assert killed.status()["items"]["image"] == PHOTOS
         assert killed.verify() == []
         for query in ("a dog on the grass", "red", "two children"):
-            expected, got = (
-                {hit.path: hit.score for hit in c.search(query, k=PHOTOS)} for c in (calm, killed)
-            )
+            expected, got = ({hit.path: hit.score for hit in c.search(query, k=PHOTOS)} for c in (calm, killed))
             assert got.keys() == expected.keys()
             # batches were cut elsewhere: sums in another order, nothing more
             assert max(abs(got[path] - expected[path]) for path in got) < 2e-3

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -161,8 +160,8 @@ class Scarce:
 
 
 @pytest.fixture
-def fresh(folders: dict[str, tuple[Path, Path]]) -> Iterator[LlavaNextEmbedder]:
-    yield load(folders["llama"][0])
+def fresh(folders: dict[str, tuple[Path, Path]]) -> LlavaNextEmbedder:
+    return load(folders["llama"][0])
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(ours: LlavaNextEmbedder, fresh: LlavaNextEmbedder) -> None:
@@ -211,7 +210,7 @@ def test_missing_file_is_named(copy: Path, name: str) -> None:
 def test_truncated_shard(copy: Path, keep: int) -> None:
     shard = copy / "model-00001-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:keep])
-    with pytest.raises(IncompleteCheckpoint, match="model-00001-of-00002.safetensors is truncated or damaged"):
+    with pytest.raises(IncompleteCheckpoint, match=r"model-00001-of-00002\.safetensors is truncated or damaged"):
         load(copy)
 
 
@@ -247,7 +246,10 @@ def test_pickled_weights_are_refused(copy: Path) -> None:
     [
         ({"model_type": "qwen3_vl"}, "'qwen3_vl' model; supported: llava_next"),
         ({"text_config": {"model_type": "phi3"}}, "text model 'phi3'"),
-        ({"text_config": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}}}, "rotary scaling 'linear'"),
+        (
+            {"text_config": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}}},
+            "rotary scaling 'linear'",
+        ),
         ({"vision_feature_layer": [-2, -5]}, "several vision feature layers"),
     ],
 )

@@ -25,7 +25,7 @@ def test_ahead_never_holds_more_than_depth() -> None:
     for i in range(20):
         assert next(results) == i
         assert len(taken) <= i + 1 + 8
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert len(taken) < 40
 
 

@@ -47,7 +47,12 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
     path.write_text('text = "no place"\nimage = 3\ncomposed = "<image><image> <sent>"\npicture = "x"\n')
     with pytest.raises(UsageError) as error:
         load_prompts(path)
-    for part in ("unknown key 'picture'", "'text' must hold <sent>", "'image' must be a string", "'composed' must hold <image> and <sent>"):
+    for part in (
+        "unknown key 'picture'",
+        "'text' must hold <sent>",
+        "'image' must be a string",
+        "'composed' must hold <image> and <sent>",
+    ):
         assert part in str(error.value)
 
 

@@ -10,7 +10,14 @@ GIB = 2**30
 
 @pytest.mark.parametrize(
     ("free", "model", "quantize"),
-    [(None, TINY, None), (4 * GIB, TINY, None), (8 * GIB, E5V, "4bit"), (19.9 * GIB, E5V, "4bit"), (20 * GIB, E5V, None), (139 * GIB, E5V, None)],
+    [
+        (None, TINY, None),
+        (4 * GIB, TINY, None),
+        (8 * GIB, E5V, "4bit"),
+        (19.9 * GIB, E5V, "4bit"),
+        (20 * GIB, E5V, None),
+        (139 * GIB, E5V, None),
+    ],
 )
 def test_auto_by_free_gpu_memory(free: float | None, model: str, quantize: str | None) -> None:
     chosen, how, line = choose(None if free is None else int(free))
@@ -47,5 +54,7 @@ def test_bundled_model_is_whole() -> None:
 
     source = resolve(TINY)
     assert source.name == TINY
-    assert {"config.json", "tokenizer.json", "model.safetensors", "README.md"} <= {p.name for p in Path(source.folder).iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors", "README.md"} <= {
+        p.name for p in Path(source.folder).iterdir()
+    }
     assert (source.folder / "model.safetensors").stat().st_size <= 40e6

@@ -13,7 +13,19 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 from e5v_search.backbones.tiles import TileSpec, best_resolution, cut, token_count, unpadded
 
 SPEC = TileSpec(336, 14, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
-SHAPES = [(480, 640), (333, 500), (500, 333), (336, 336), (672, 672), (1, 1), (2, 3), (1, 2000), (2000, 1), (37, 1200), (701, 699)]
+SHAPES = [
+    (480, 640),
+    (333, 500),
+    (500, 333),
+    (336, 336),
+    (672, 672),
+    (1, 1),
+    (2, 3),
+    (1, 2000),
+    (2000, 1),
+    (37, 1200),
+    (701, 699),
+]
 
 
 def noise(height: int, width: int) -> Image.Image:
@@ -24,10 +36,14 @@ def noise(height: int, width: int) -> Image.Image:
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_pixels_equal_transformers(height: int, width: int) -> None:
     image = noise(height, width)
-    theirs = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, image_grid_pinpoints=[list(p) for p in SPEC.pinpoints],
-        do_rescale=False, do_normalize=False,
-    ).preprocess([image], return_tensors="np")["pixel_values"][0]  # fmt: skip
+    processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 336},
+        crop_size={"height": 336, "width": 336},
+        image_grid_pinpoints=[list(p) for p in SPEC.pinpoints],
+        do_rescale=False,
+        do_normalize=False,
+    )
+    theirs = processor.preprocess([image], return_tensors="np")["pixel_values"][0]
     ours = cut(image, SPEC)
     assert ours.pixels.dtype == np.uint8
     assert len(ours.pixels) == 1 + ours.grid[0] * ours.grid[1]
@@ -56,7 +72,9 @@ def test_unpadding_and_token_count_equal_transformers(height: int, width: int) -
     rows, cols = unpadded((height, width), grid)
     assert torch.equal(numbered[:, rows, cols], unpad_image(numbered, (height, width)))
     processor = object.__new__(LlavaNextProcessor)
-    features, newlines = processor._get_unpadded_features(height, width, SPEC.side, SPEC.side, target[0] // 336, target[1] // 336)
+    features, newlines = processor._get_unpadded_features(
+        height, width, SPEC.side, SPEC.side, target[0] // 336, target[1] // 336
+    )
     assert token_count((height, width), SPEC) == SPEC.side**2 + features + newlines
 
 

@@ -24,9 +24,7 @@ class Embedder(ABC):
     quantize: str | None
 
     @staticmethod
-    def load(
-        model: str = "auto", *, device: str = "auto", dtype: str = "auto", quantize: str | None = None
-    ) -> Embedder:
+    def load(model: str = "auto", *, device: str = "auto", dtype: str = "auto", quantize: str | None = None) -> Embedder:
         """Load a model: "auto", a known name, a hub id (`owner/name@revision`) or a checkpoint folder.
 
         device auto/cpu/cuda/cuda:1/mps, dtype auto/float32/float16/bfloat16, quantize None/"4bit"/"8bit" (bitsandbytes).

@@ -83,7 +83,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in shards(folder):
         try:
             with safe_open(path, framework="pt") as f:
-                for key in f.keys():
+                for key in f.keys():  # noqa: SIM118 - no mapping, it cannot be iterated
                     yield canonical(key), f.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise IncompleteCheckpoint(f"{path} is truncated or damaged ({error}); download the model again") from error
@@ -108,7 +108,9 @@ def load_model(
         # the embedding table may have more or fewer rows than config.json says (both published revisions differ)
         rows_free = key == "language_model.embed_tokens.weight"
         if tensor.shape[rows_free:] != parameter.shape[rows_free:]:
-            raise IncompleteCheckpoint(f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}")
+            raise IncompleteCheckpoint(
+                f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}"
+            )
         _place(model, key, tensor.to(dtype), device)
     if wanted:
         names = sorted(wanted)
@@ -123,7 +125,7 @@ def _place(model: nn.Module, key: str, tensor: Tensor, device: torch.device) -> 
     if type(old) is nn.Parameter:
         new = nn.Parameter(tensor.to(device), requires_grad=False)
     else:  # a bitsandbytes parameter: the move to the device quantises it
-        new = type(old)(tensor, requires_grad=False, **getattr(module, "quantize_options")).to(device)
+        new = type(old)(tensor, requires_grad=False, **vars(module)["quantize_options"]).to(device)
     setattr(module, name, new)
     if isinstance(module, nn.Embedding):
         module.num_embeddings = len(tensor)
@@ -157,7 +159,7 @@ def free_cuda_bytes() -> int | None:
 
 
 def pick_device(device: str) -> torch.device:
-    """"auto": CUDA, else Apple's MPS, else the processor. ModelError for a device that is not there."""
+    """ "auto": CUDA, else Apple's MPS, else the processor. ModelError for a device that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -168,7 +170,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device, config: LlavaNextConfig) -> torch.dtype:
-    """"auto": bfloat16 on CUDA, float16 on MPS; on a processor float32, or bfloat16 for models of billions."""
+    """ "auto": bfloat16 on CUDA, float16 on MPS; on a processor float32, or bfloat16 for models of billions."""
     named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype in named:
         return named[dtype]

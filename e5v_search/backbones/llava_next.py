@@ -3,7 +3,6 @@
 An embedding is the last layer's hidden state after the final norm at the last position of the prompt, L2-normalised.
 """
 
-import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -50,11 +49,8 @@ class PromptEncoder:
     def __init__(self, folder: Path, config: LlavaNextConfig) -> None:
         self.tokenizer = _load_tokenizer(folder)
         self.chat = LLAMA3_CHAT if config.text_config.model_type == "llama" else MISTRAL_CHAT
-        image_id = self.tokenizer.token_to_id(IMAGE)
-        if image_id is None:
-            self.tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-            image_id = self.tokenizer.token_to_id(IMAGE)
-        self.image_id = image_id
+        self.tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])  # no change where it is
+        self.image_id = self._id(IMAGE)
         self.max_tokens = config.text_config.max_tokens
         specials = sorted((t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special), key=len)
         self._special = re.compile("|".join(map(re.escape, reversed(specials))))
@@ -68,8 +64,14 @@ class PromptEncoder:
         bos = bos.get("content") if isinstance(bos, dict) else bos
         if not settings.get("add_bos_token") or bos is None:
             return []
-        bos_id = self.tokenizer.token_to_id(bos)
+        bos_id = self._id(bos)
         return [] if self.tokenizer.encode("a").ids[:1] == [bos_id] else [bos_id]
+
+    def _id(self, token: str) -> int:
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise IncompleteCheckpoint(f"the tokenizer does not know {token!r}; download the model again")
+        return token_id
 
     def encode(self, prompt: str, texts: Sequence[str]) -> list[list[int]]:
         """Ids of `prompt` in the chat wrapper, once for each text.
@@ -116,7 +118,9 @@ def _preprocessing(folder: Path, config: LlavaNextConfig) -> tuple[TileSpec, Ten
     )
     if any(h % spec.tile or w % spec.tile for h, w in spec.pinpoints):
         raise ModelError(f"{folder}: image_grid_pinpoints {spec.pinpoints} are not multiples of the tile, {spec.tile} px")
-    mean, std = (torch.tensor(settings.get(k) or d).view(3, 1, 1) for k, d in (("image_mean", _CLIP_MEAN), ("image_std", _CLIP_STD)))
+    mean, std = (
+        torch.tensor(settings.get(k) or d).view(3, 1, 1) for k, d in (("image_mean", _CLIP_MEAN), ("image_std", _CLIP_STD))
+    )
     return spec, mean, std
 
 
@@ -125,7 +129,7 @@ class LlavaNextEmbedder(Embedder):
         raw = checkpoint.read_json(source.folder / "config.json")
         if raw.get("model_type") != "llava_next":
             raise ModelError(
-                f"{source.folder} holds a {raw.get('model_type', 'model of no stated type')!r} model; supported: llava_next (E5-V, LLaVA-1.6)"
+                f"{source.folder} holds a {raw.get('model_type', 'nameless')!r} model; supported: llava_next (E5-V, LLaVA-1.6)"
             )
         config = LlavaNextConfig.from_json(raw)
         self.name, self.quantize = name, quantize
@@ -183,7 +187,10 @@ class LlavaNextEmbedder(Embedder):
 
     def _fits(self, length: int, index: int) -> int:
         if length > self.encoder.max_tokens:
-            raise TextTooLong(f"input {index + 1} has {length} tokens with its prompt; {self.name} takes {self.encoder.max_tokens} at most: shorten it")
+            raise TextTooLong(
+                f"input {index + 1} has {length} tokens with its prompt; "
+                f"{self.name} takes {self.encoder.max_tokens} at most: shorten it"
+            )
         return length
 
     # what comes out

@@ -147,10 +147,10 @@ class TextAttention(nn.Module):
         self.o_proj = nn.Linear(q, c.hidden_size, bias=c.attention_bias)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(
-            rotate(q, rotation), rotate(k, rotation), v, is_causal=True, enable_gqa=self.grouped
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        y = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v, is_causal=True, enable_gqa=self.grouped)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return out
 
@@ -224,15 +224,13 @@ class LlavaNext(nn.Module):
         """
         features = self.multi_modal_projector(self.vision_tower(pixels)[:, self.config.skip_class_token :])
         counts = [1 + rows * cols for rows, cols in grids]
-        return [
-            self._pack(tiles, size, grid)
-            for tiles, size, grid in zip(features.split(counts), sizes, grids, strict=True)
-        ]
+        return [self._pack(tiles, size, grid) for tiles, size, grid in zip(features.split(counts), sizes, grids, strict=True)]
 
     def _pack(self, tiles: Tensor, size: Size, grid: Size) -> Tensor:
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         rows, cols = grid
-        patches = tiles[1:].unflatten(0, (rows, cols)).unflatten(2, (side, side)).transpose(1, 2).reshape(rows * side, cols * side, -1)
+        # (rows·cols, p, d) -> one map of patches (rows·side, cols·side, d)
+        patches = tiles[1:].reshape(rows, cols, side, side, -1).transpose(1, 2).reshape(rows * side, cols * side, -1)
         keep_rows, keep_cols = unpadded(size, (rows * side, cols * side))
         patches = patches[keep_rows, keep_cols]
         newline = self.image_newline.expand(len(patches), 1, -1)
@@ -242,4 +240,5 @@ class LlavaNext(nn.Module):
         """The state at the last position of each row of input embeddings (n_i, d), in one padded batch: (b, d)."""
         lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
         hidden = self.language_model(nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
-        return hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
+        last: Tensor = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
+        return last

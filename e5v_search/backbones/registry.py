@@ -99,7 +99,9 @@ def _from_hub(name: str, revision: str | None) -> Source:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except RepositoryNotFoundError:
-        raise UnknownModel(f"the model hub has no {name!r} (or it is private: log in with `hf auth login`); known: {', '.join(KNOWN)}") from None
+        raise UnknownModel(
+            f"the model hub has no {name!r} (or it is private: log in with `hf auth login`); known: {', '.join(KNOWN)}"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(

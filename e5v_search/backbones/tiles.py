@@ -39,7 +39,7 @@ class Tiles:
 
     @property
     def nbytes(self) -> int:
-        return int(self.pixels.nbytes)
+        return self.pixels.nbytes
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
@@ -78,7 +78,8 @@ def token_count(size: Size, spec: TileSpec) -> int:
     """Visual tokens that a picture of `size` costs: base tile, then each kept row and its newline."""
     target = best_resolution(size, spec.pinpoints)
     rows, cols = unpadded(size, (target[0] // spec.patch, target[1] // spec.patch))
-    return spec.side**2 + (rows.stop - rows.start) * (cols.stop - cols.start + 1)
+    kept: int = (rows.stop - rows.start) * (cols.stop - cols.start + 1)
+    return spec.side**2 + kept
 
 
 def cut(image: Image.Image, spec: TileSpec) -> Tiles:

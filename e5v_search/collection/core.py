@@ -125,8 +125,9 @@ class Collection:
         have = self.catalog.fingerprint
         if have is not None and have != embedder.fingerprint and not self._allow_mismatch:
             raise FingerprintMismatch(
-                f"collection {self.path} was made by {have}, but the model here is {embedder.fingerprint}: their vectors do not "
-                "compare. Leave --model away to use the collection's own, take another collection with -c, or insist with --allow-mismatch"
+                f"collection {self.path} was made by {have}, but the model here is {embedder.fingerprint}: their vectors do "
+                "not compare. Leave --model away to use the collection's own, take another collection with -c, or, for a "
+                "search, insist with --allow-mismatch"
             )
 
     # writing
@@ -140,10 +141,16 @@ class Collection:
         except Timeout:
             with suppress(OSError, ValueError):
                 pid = json.loads(note.read_text())["pid"]
-                raise CollectionBusy(f"process {pid} is writing to {self.path}; wait until it has ended, then run this again") from None
-            raise CollectionBusy(f"another process is writing to {self.path}; wait until it has ended, then run this again") from None
+                raise CollectionBusy(
+                    f"process {pid} is writing to {self.path}; wait until it has ended, then run this again"
+                ) from None
+            raise CollectionBusy(
+                f"another process is writing to {self.path}; wait until it has ended, then run this again"
+            ) from None
         except OSError as error:
-            raise CollectionReadOnly(f"cannot write to {self.path} ({error.strerror or error}); choose another place with -c") from error
+            raise CollectionReadOnly(
+                f"cannot write to {self.path} ({error.strerror or error}); choose another place with -c"
+            ) from error
         try:
             with suppress(OSError):
                 note.write_text(json.dumps({"pid": os.getpid()}))
@@ -253,9 +260,8 @@ class Collection:
 
     def _sync(self) -> None:
         """Save the index as the catalog is now. The caller holds the write lock."""
-        before = self._saved_stamp()
-        index, _ = self._current_index()
-        if before != index.stamp and self.catalog.dim is not None:
+        if self.catalog.dim is not None and self._saved_stamp() != self._stamp():
+            index, _ = self._current_index()
             index.save(self.index_path)
 
     def _saved_stamp(self) -> Stamp | None:
@@ -290,7 +296,9 @@ class Collection:
             if built:
                 self._save_if_free(index)
             if not index.ntotal:
-                raise CollectionNotFound(f"collection {self.path} is empty; fill it with: e5v-search index FOLDER -c {self.path}")
+                raise CollectionNotFound(
+                    f"collection {self.path} is empty; fill it with: e5v-search index FOLDER -c {self.path}"
+                )
             reference = self._items_of(image) if image is not None else []
             stored = self._stored_vector(query, reference)
             embedder = self.embedder() if stored is None or text is not None else None
@@ -327,7 +335,8 @@ class Collection:
         if query.composed or not reference or query.prompts is not None:
             return None
         for _, x in self.catalog.vectors(ids=reference[:1]):
-            return x[0].astype(np.float32)
+            vector: np.ndarray = x[0].astype(np.float32)
+            return vector
         return None
 
     def _query_vector(self, query: Query, stored: np.ndarray | None, embedder: Embedder | None) -> np.ndarray:
@@ -391,7 +400,12 @@ class Collection:
             present = np.array([i in ids for i in block.tolist()], dtype=bool)
             if present.any():
                 wrong += int((index.vectors(block[present]) != x[present].astype(np.float32)).any(axis=1).sum())
-        for name, bad in (("vectors are missing", len(truth - ids)), ("vectors belong to no item", len(ids - truth)), ("vectors differ from the catalog's", wrong)):
+        kinds = {
+            "vectors are missing": len(truth - ids),
+            "vectors belong to no item": len(ids - truth),
+            "vectors differ from the catalog's": wrong,
+        }
+        for name, bad in kinds.items():
             if bad:
                 found.append(f"index.faiss: {bad} {name}; mend it with: e5v-search rebuild")
         return found

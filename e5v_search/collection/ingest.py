@@ -16,7 +16,7 @@ from e5v_search import media
 from e5v_search.backbones import Embedder
 from e5v_search.catalog import Catalog, FileRow, Put
 from e5v_search.collection.report import Failure, Report
-from e5v_search.errors import MediaError
+from e5v_search.errors import MediaError, MissingPackage
 from e5v_search.media import Facts, Found, Scan
 from e5v_search.parallel import ahead, windows
 
@@ -127,6 +127,7 @@ class Ingest:
                 self._put(job, copy_from=twin)
             else:
                 self._twins[job.content_hash] = []
+                self._embedder()  # loaded here, as the threads that decode must not touch the catalog
                 yield job
             self._commit_if_due()
 
@@ -134,7 +135,7 @@ class Ingest:
         try:
             image, job.facts = media.decode(job.found.path)
             job.prepared = self._embedder().prepare(image)
-        except MediaError as error:
+        except (MediaError, MissingPackage) as error:
             job.problem = str(error)
         return job
 
