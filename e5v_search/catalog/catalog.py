@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, Self
@@ -73,7 +73,8 @@ class Catalog:
         except OSError as error:
             raise from_os_error(error, path) from error
         finally:
-            _unlink_database(unfinished)
+            with suppress(OSError):
+                _unlink_database(unfinished)
         return cls.open(folder)
 
     @classmethod
@@ -254,8 +255,8 @@ class Catalog:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Blocks (ids int64 (n,), x float16 (n, dim)) of the vectors written by states later than `after`; n <= BLOCK.
 
-        Each block is read by itself: no transaction stays open while the caller works. Commits made in the meantime may be
-        seen in part, so read `state` first; `vectors(after=state)` later brings whatever was missed, once more if need be.
+        Each block is read by itself: no transaction stays open while the caller works. What is written in the meantime is
+        left out, so read `state` first; `vectors(after=state)` later brings whatever was missed.
         """
         if ids is not None:
             query = "SELECT item_id, embedding FROM vectors WHERE view = ? AND state > ? AND item_id IN ({})"
@@ -265,11 +266,11 @@ class Catalog:
                     yield self._block(rows)
             return
         query = (
-            "SELECT item_id, embedding, state FROM vectors WHERE view = ? AND (state, item_id) > (?, ?)"
+            "SELECT item_id, embedding, state FROM vectors WHERE view = ? AND (state, item_id) > (?, ?) AND state <= ?"
             " ORDER BY state, item_id LIMIT ?"
         )
-        last = (after, 2**63 - 1)
-        while rows := self._rows(query, (view, *last, BLOCK)):
+        upto, last = self.state, (after, 2**63 - 1)
+        while rows := self._rows(query, (view, *last, upto, BLOCK)):
             yield self._block(rows)
             last = rows[-1][2], rows[-1][0]
 

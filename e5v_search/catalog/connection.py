@@ -94,7 +94,7 @@ def connect(path: Path, readonly: bool = False) -> Database:
         try:
             return _connect(f"{uri}?mode=rw", readonly)
         except sqlite3.OperationalError as error:
-            if not readonly or _primary(error) not in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL):
+            if _primary(error) not in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL):
                 raise
             # a full disk has no room for the shared-memory file that goes with the WAL; alone, SQLite does without it
             return _connect(f"{uri}?mode=rw", readonly, alone=True)
