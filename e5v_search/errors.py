@@ -29,6 +29,7 @@ collection refuses is worded here, for all who write there.
 
 import errno
 from pathlib import Path
+from typing import Self
 
 
 class E5VError(Exception):
@@ -50,7 +51,9 @@ class TextTooLong(UsageError):
 
 
 class MediaError(E5VError):
-    pass
+    def of(self, path: object) -> Self:
+        """The same error with the file's name before the reason, for where no list gives it."""
+        return type(self)(f"{path}: {self}")
 
 
 class UnreadableFile(MediaError):

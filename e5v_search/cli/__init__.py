@@ -42,11 +42,11 @@ class Program(click.Group):
         except KeyboardInterrupt as stop:
             self._leave(ctx, "; ".join(["stopped", *map(str, stop.args)]), STOPPED)
         except E5VError as error:
-            self._leave(ctx, f"error: {error}", error.exit_code)
+            self._leave(ctx, f"Error: {error}", error.exit_code)
         except OSError as error:
-            self._leave(ctx, f"error: {error.filename or 'system'}: {error.strerror or error}", FAILED)
+            self._leave(ctx, f"Error: {error.filename or 'system'}: {error.strerror or error}", FAILED)
         except Exception as error:
-            line = f"unexpected error: {type(error).__name__}: {error}"
+            line = f"Unexpected error: {type(error).__name__}: {error}"
             self._leave(ctx, line if ctx.meta.get(DEBUG) else f"{line} (run it again with --debug to see where)", FAILED)
 
     def _leave(self, ctx: click.Context, line: str, code: int) -> NoReturn:

@@ -36,7 +36,11 @@ class Finding:
 @debug_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Check this machine: packages, FAISS, GPU, formats, disk, collections, and the bundled model at work."""
+    """Check that all is here that the program needs.
+
+    Packages, FAISS, GPU, photo formats, memory, disk, collections, and the bundled model at work. Exit code 3 if
+    something is bad.
+    """
     findings = []
     for check in (_python, _packages, _faiss, _device, _formats, _memory, _data_home, _collections, _model):
         for finding in check():
@@ -170,10 +174,10 @@ def _collections() -> Iterator[Finding]:
     for folder in folders:
         try:
             with Catalog.open(folder, readonly=True) as catalog:
-                detail = f"{count(sum(catalog.count().values()), 'item')}, made by {catalog.fingerprint or 'no model yet'}"
-                yield Finding(f"  {folder.name}", "ok", detail)
+                items = count(sum(catalog.count().values()), "item")
+                yield Finding("collection", "ok", f"{folder.name}: {items}, made by {catalog.fingerprint or 'no model yet'}")
         except E5VError as error:
-            yield Finding(f"  {folder.name}", "bad", str(error))
+            yield Finding("collection", "bad", f"{folder.name}: {error}")
 
 
 def _model() -> Iterator[Finding]:

@@ -27,12 +27,13 @@ def status(collection: str, as_json: bool) -> None:
         print_json(state)
         return
     items, index = state["items"], state["index"]
+    stale = " (the next search renews it)" if index["stale"] and index["vectors"] else ""
     nouns = (("image", "photo"), ("text", "text"), ("rendered", "rendered text"))
     lines = [
         ("collection", state["collection"]),
         ("model", state["fingerprint"] or "none yet"),
         ("items", ", ".join(count(items[kind], noun) for kind, noun in nouns if items[kind] or kind == "image")),
-        ("index", f"{index['kind']}, {count(index['vectors'], 'vector')}{' (the next search renews it)' * index['stale']}"),
+        ("index", f"{index['kind']}, {count(index['vectors'], 'vector')}{stale}"),
         ("on disk", size(state["bytes"])),
         *(("from" if n == 0 else "", path) for n, (path, _) in enumerate(roots)),
         *([("failed", count(state["failed"], "file"))] if failures else []),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @json_option
 @debug_option
 def models(as_json: bool) -> None:
-    """List the models that are known, and what `--model auto` means on this machine."""
+    """List the known models, and what auto means here."""
     from e5v_search.backbones.checkpoint import free_cuda_bytes
     from e5v_search.backbones.registry import KNOWN, choose
 

@@ -24,7 +24,7 @@ class Progress:
     def __enter__(self) -> Self:
         if not self._quiet and sys.stderr.isatty():
             self._bar = self._stack.enter_context(_bar())
-            self._task = self._bar.add_task(self._title, total=None, rate="", failed="")
+            self._task = self._bar.add_task(self._title, total=None, told="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -33,49 +33,41 @@ class Progress:
     def update(self, done: int, total: int, failed: int = 0) -> None:
         done = min(done, total)  # files that appear while one looks
         if self._bar is not None:
-            speed = self._bar.tasks[self._task].speed
-            self._bar.update(
-                self._task,
-                completed=done,
-                total=total,
-                rate=f"{speed:,.3g} {self._noun}s/s" if speed and speed < 1000 else "",
-                failed=f"[yellow]{failed:,} failed[/]" if failed else "",
-            )
+            told = self._told(done, total, self._bar.tasks[self._task].speed or 0.0, failed)
+            self._bar.update(self._task, completed=done, total=total, told=told)
         elif not self._quiet:
             self._line(done, total, failed)
 
     def _line(self, done: int, total: int, failed: int) -> None:
         now, (before, done_before) = time.monotonic(), self._last
-        if now - before < _LINE_SECONDS:
-            return
-        rate = (done - done_before) / (now - before)
-        self._last = now, done
+        if now - before >= _LINE_SECONDS:
+            self._last = now, done
+            click.echo(self._told(done, total, (done - done_before) / (now - before), failed), err=True)
+
+    def _told(self, done: int, total: int, rate: float, failed: int) -> str:
         parts = [f"{done:,} of {count(total, self._noun)}"]
         if rate > 0:
-            parts += [f"{rate:,.3g}/s", f"{_duration((total - done) / rate)} left"]
+            parts += [f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s", f"{_duration((total - done) / rate)} left"]
         if failed:
             parts.append(f"{failed:,} failed")
-        click.echo(", ".join(parts), err=True)
+        return ", ".join(parts)
 
 
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
-    if minutes < 1:
+    if minutes < 2:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _bar() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=30, style="dim", complete_style="cyan", finished_style="cyan", pulse_style="cyan"),
-        MofNCompleteColumn(),
-        TextColumn("[dim]{task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[failed]}"),
+        BarColumn(bar_width=24, style="dim", complete_style="cyan", finished_style="cyan", pulse_style="cyan"),
+        TextColumn("{task.fields[told]}"),
         console=Console(stderr=True),
         transient=True,
     )

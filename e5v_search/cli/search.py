@@ -1,12 +1,17 @@
 """`search`: find items by a text, a picture, or a picture and a change to it."""
 
 import math
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from e5v_search.cli.options import collection_option, debug_option, examples, json_option, model_options
 from e5v_search.cli.printing import print_csv, print_hits, print_json, print_paths, printable, save_sheet
+
+if TYPE_CHECKING:
+    from e5v_search.query import Query
 
 
 def _threshold(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
@@ -66,9 +71,9 @@ def search(
     quantize: str | None,
     allow_mismatch: bool,
 ) -> None:
-    """Find the items nearest to a TEXT, to a picture, or to a picture with a change.
+    """Find photos by a TEXT, a picture, or a picture and a change.
 
-    The model that made the collection is used. Scores are cosines: an item scores 1 with itself. A text and --image
+    The model that made the collection is used. Scores are cosines: a photo scores 1 with itself. A text and --image
     together search for both at once; --image with --modify leaves the picture itself out.
     """
     if as_json + as_csv + as_paths > 1:
@@ -93,8 +98,13 @@ def search(
     else:
         click.echo("nothing found" + ("" if threshold is None else f" with a score of {threshold:g} or more"), err=True)
     if sheet is not None:
-        save_sheet(hits, sheet, title=printable(" + ".join(str(part) for part in hits.query.values())))
+        save_sheet(hits, sheet, title=_title(query))
         click.echo(f"drawn: {printable(str(sheet))}", err=True)
+
+
+def _title(query: "Query") -> str:
+    picture = f"item {query.image}" if isinstance(query.image, int) else os.path.basename(str(query.image or ""))
+    return printable(" + ".join(part for part in (query.text, picture, query.modify) if part))
 
 
 def _picture(image: str | None) -> str | int | None:

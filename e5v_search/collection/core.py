@@ -25,6 +25,7 @@ from e5v_search.errors import (
     CollectionNotFound,
     CollectionReadOnly,
     FingerprintMismatch,
+    MediaError,
     QueryError,
     UnreadableFile,
 )
@@ -325,7 +326,10 @@ class Collection:
                 raise QueryError(f"collection {self.path} has no item {image}; ids are shown by search --json")
             content_hash = self.catalog.items([image])[image].content_hash
         elif isinstance(image, str | os.PathLike):
-            content_hash = media.content_hash(image)
+            try:
+                content_hash = media.content_hash(image)
+            except MediaError as error:
+                raise error.of(image) from None
         else:
             return []
         return self.catalog.ids_of_content(content_hash)
