@@ -29,7 +29,6 @@ collection refuses is worded here, for all who write there.
 
 import errno
 from pathlib import Path
-from typing import Self
 
 
 class E5VError(Exception):
@@ -51,9 +50,7 @@ class TextTooLong(UsageError):
 
 
 class MediaError(E5VError):
-    def of(self, path: object) -> Self:
-        """The same error with the file's name before the reason, for where no list gives it."""
-        return type(self)(f"{path}: {self}")
+    pass
 
 
 class UnreadableFile(MediaError):

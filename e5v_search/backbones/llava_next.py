@@ -22,7 +22,7 @@ from e5v_search.backbones.config import LlavaNextConfig
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.tiles import Tiles, TileSpec, cut, token_count
 from e5v_search.embedder import Fingerprint, Picture
-from e5v_search.errors import IncompleteCheckpoint, MediaError, ModelError, OutOfMemory, TextTooLong
+from e5v_search.errors import IncompleteCheckpoint, ModelError, OutOfMemory, TextTooLong
 from e5v_search.parallel import ahead, windows
 from e5v_search.prompts import IMAGE, LLAMA3_CHAT, MISTRAL_CHAT, SENTENCE, load_prompts
 
@@ -180,10 +180,7 @@ class LlavaNextEmbedder(Embedder):
         return self._embed_all(self._image_row(ids, tiles, i) for i, tiles in enumerate(prepared))
 
     def _open(self, picture: Picture) -> Tiles:
-        try:
-            return self.prepare(media.open_picture(picture))
-        except MediaError as error:
-            raise (error.of(picture) if isinstance(picture, str | Path) else error) from None
+        return self.prepare(media.open_picture(picture))
 
     def _image_row(self, ids: list[int], tiles: Tiles, index: int) -> Row:
         return Row(ids, tiles, self._fits(len(ids) - 1 + token_count(tiles.size, self.spec), index))

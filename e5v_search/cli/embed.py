@@ -63,7 +63,8 @@ def embed(
 ) -> None:
     """Write embeddings to a .npy file.
 
-    A float32 row of length 1 for each input, in the order of the inputs. An input that cannot be used leaves a row of zeros, is listed, and makes the exit code 1.
+    A float32 row of length 1 for each input, in the order of the inputs. An input that cannot be used leaves a row of
+    zeros, is listed, and makes the exit code 1.
     """
     if bool(texts) + bool(images) + bool(composed) != 1:
         raise click.UsageError("give one of --texts FILE, --images PATH..., --composed FILE.jsonl")

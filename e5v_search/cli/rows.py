@@ -126,13 +126,13 @@ def embed_rows(job: Job, embedder: "Embedder", prompts: str, on_progress: Callab
 
 def _stages(kind: str, embedder: "Embedder", prompts: str) -> tuple[Callable[[Row], Any], Callable[[list[Any]], "np.ndarray"]]:
     """What is done to a row ahead of the model, in threads; and what the model does to a list of such."""
-    from e5v_search.media import open_picture
+    from e5v_search.media import decode
 
     if kind == "text":
         return lambda row: row.text, lambda texts: embedder.embed_texts(texts, prompts)
     if kind == "image":
-        return lambda row: embedder.prepare(open_picture(row.image)), lambda ready: embedder.embed_prepared(ready, prompts)
-    return lambda row: (open_picture(row.image), row.text), lambda pairs: embedder.embed_composed(pairs, prompts)
+        return lambda row: embedder.prepare(decode(row.image)[0]), lambda ready: embedder.embed_prepared(ready, prompts)
+    return lambda row: (decode(row.image)[0], row.text), lambda pairs: embedder.embed_composed(pairs, prompts)
 
 
 def _one_by_one_if_need_be(

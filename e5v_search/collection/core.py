@@ -329,7 +329,7 @@ class Collection:
             try:
                 content_hash = media.content_hash(image)
             except MediaError as error:
-                raise error.of(image) from None
+                raise type(error)(f"{media.shown(image)}: {error}") from error
         else:
             return []
         return self.catalog.ids_of_content(content_hash)
