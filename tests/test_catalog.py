@@ -359,7 +359,6 @@ def test_bound_once(c: Catalog) -> None:
 def test_create(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "er"
     folder.mkdir(parents=True)
-    (folder / f"{CATALOG}.new").write_bytes(b"left by a kill")
     with Catalog.create(folder) as one, Catalog.create(tmp_path / "two") as two:
         assert one.uid != two.uid
         assert (one.state, one.fingerprint, one.dim, one.model) == (0, None, None, None)
@@ -370,6 +369,53 @@ def test_create(tmp_path: Path) -> None:
         Catalog.create(folder)
     with pytest.raises(CollectionError, match="cannot be written"):
         Catalog.create(folder / CATALOG / "below")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_several_create_at_once(tmp_path: Path) -> None:
+    gate, go = os.pipe()
+
+    def create(fd: int) -> None:
+        os.close(go)
+        os.read(gate, 1)
+        with Catalog.create(tmp_path / "c") as c:
+            c.bind("model@1", DIM, {})
+            c.commit([photo(f"/p/{os.getpid()}", 1)])
+            os.write(fd, c.uid.encode())
+
+    children = [in_child(create) for _ in range(4)]
+    os.close(go)
+    os.close(gate)
+    uids = []
+    for pid, out in children:
+        with open(out, "rb") as pipe:
+            uids.append(pipe.read().decode())
+        os.waitpid(pid, 0)
+    made = [uid for uid in uids if uid]  # one that came when the catalog was there has been refused
+    with Catalog.open(tmp_path / "c") as c:
+        assert set(made) == {c.uid}
+        assert c.count()["image"] == c.state == len(made)
+    assert os.listdir(tmp_path / "c") == [CATALOG]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_faster_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    publish = catalog._publish
+
+    def overtaken(unfinished: Path, path: Path) -> None:
+        monkeypatch.setattr(catalog, "_publish", publish)
+        filled(tmp_path).close()
+        publish(unfinished, path)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(catalog, "_publish", overtaken)
+    with Catalog.create(tmp_path) as c:
+        assert c.count()["image"] == 3
+    assert os.listdir(tmp_path) == [CATALOG]
 
 
 def test_none_there(tmp_path: Path) -> None:

@@ -53,15 +53,17 @@ class Catalog:
 
     @classmethod
     def create(cls, folder: Path) -> Self:
-        """A new, empty catalog in `folder`, which is made where it is missing. Raises CollectionError if there is one."""
+        """A new, empty catalog in `folder`, which is made where it is missing. Raises CollectionError if there is one.
+
+        Of several that make one in the same folder at the same moment, all get the same.
+        """
         path = folder / CATALOG
-        unfinished = folder / f"{CATALOG}.new"
+        # under a name of its own first, so that a kill never leaves a half-made catalog under the real one
+        unfinished = folder / f"{CATALOG}.{secrets.token_hex(4)}.new"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 raise CollectionError(f"{folder} holds a collection already")
-            # made elsewhere and renamed, so that a kill never leaves a half-made catalog under the real name
-            _unlink_database(unfinished)
             with guarded(path):
                 db = connection.create(unfinished)
                 try:
@@ -69,12 +71,13 @@ class Catalog:
                     db.execute("INSERT INTO meta VALUES ('uid', ?)", (secrets.token_hex(16),))
                 finally:
                     db.close()
-            unfinished.rename(path)
+            _publish(unfinished, path)
         except OSError as error:
             raise from_os_error(error, path) from error
         finally:
-            with suppress(OSError):
-                _unlink_database(unfinished)
+            for suffix in ("", "-wal", "-shm"):
+                with suppress(OSError):
+                    unfinished.with_name(unfinished.name + suffix).unlink()
         return cls.open(folder)
 
     @classmethod
@@ -371,6 +374,12 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     return sorted(path for path in chosen if not any(str(parent) in chosen for parent in PurePath(path).parents))
 
 
-def _unlink_database(path: Path) -> None:
-    for suffix in ("", "-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+def _publish(unfinished: Path, path: Path) -> None:
+    """Give the new file its real name, unless another process was faster: its catalog may hold work already."""
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not path.exists():
+            unfinished.rename(path)
