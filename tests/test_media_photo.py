@@ -109,6 +109,13 @@ def test_orientation(format: str, orientation: int, tmp_path: Path) -> None:
     assert corners(media.open_picture(got.image)) == [RED, GREEN, BLUE, BLACK]
 
 
+def test_orientation_behind_the_pixels_of_a_png() -> None:
+    plain = encoded(Image.fromarray(np.ascontiguousarray(STORED[6](np.asarray(quarters())))), "PNG")
+    body = pictures.exif_bytes(6).removeprefix(b"Exif\0\0")
+    chunk = pictures.png_chunk(b"eXIf", body)
+    assert corners(media.open_picture(plain[:-12] + chunk + plain[-12:])) == [RED, GREEN, BLUE, BLACK]
+
+
 def test_first_frame_of_what_moves(tmp_path: Path) -> None:
     for name in ("animated.gif", "animated.webp", "animated.png", "several-pages.tif", "several-pictures.jpg"):
         assert corners(read(pictures.ODD[name][0](), tmp_path).image) == [RED] * 4, name
@@ -226,7 +233,7 @@ def test_a_lazy_image_that_is_broken_or_too_large() -> None:
     with pytest.raises(NotAPicture, match="truncated"):
         media.open_picture(Image.open(io.BytesIO(encoded(photo(640, 480), "JPEG")[:4000])))
     with pytest.raises(PictureTooLarge, match="limit"):
-        media.open_picture(Image.new("1", (20_000, 20_000)))
+        media.open_picture(Image.new("1", (200, 200)), max_pixels=39_999)
 
 
 def test_turned_image_of_the_python_api() -> None:

@@ -25,16 +25,29 @@ _DATES = (
 
 @dataclass(frozen=True, slots=True)
 class Exif:
-    orientation: int = 1  # 1 to 8: how the stored pixels lie
     taken_at: str | None = None
     lat: float | None = None
     lon: float | None = None
     camera: str | None = None
 
 
+def read_orientation(image: Image.Image) -> int:
+    """How the pixels of a decoded picture lie: 1 to 8, 1 when nothing sensible is said."""
+    if not _has_exif(image):
+        return 1
+    value = None
+    with suppress(Exception):
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _has_exif(image: Image.Image) -> bool:
+    return image.format == "TIFF" or any(key in image.info for key in METADATA)
+
+
 def read_exif(image: Image.Image) -> Exif:
-    """The EXIF facts of an opened picture."""
-    if image.format != "TIFF" and not any(key in image.info for key in METADATA):
+    """The facts that an opened picture's EXIF tells."""
+    if not _has_exif(image):
         return Exif()
     # Pillow's parser raises whatever the bytes make it raise (struct.error, SyntaxError, KeyError, ...)
     base: Mapping[int, Any] = {}
@@ -46,19 +59,8 @@ def read_exif(image: Image.Image) -> Exif:
             detail = exif.get_ifd(ExifTags.IFD.Exif)
         with suppress(Exception):
             gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
-    place = _place(gps)
-    return Exif(
-        orientation=_orientation(base),
-        taken_at=_taken_at({**base, **detail}),
-        lat=place[0],
-        lon=place[1],
-        camera=_camera(base),
-    )
-
-
-def _orientation(tags: Mapping[int, Any]) -> int:
-    value = tags.get(ExifTags.Base.Orientation)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    lat, lon = _place(gps)
+    return Exif(_taken_at({**base, **detail}), lat, lon, _camera(base))
 
 
 def _text(value: Any) -> str:

@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import logging
 import os
 import stat
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,8 +18,8 @@ from typing import Any
 from PIL import Image
 
 from e5v_search.errors import MediaError, MissingPackage, NotAPicture, PictureTooLarge, UnreadableFile
-from e5v_search.media.exif import Exif, read_exif
-from e5v_search.media.pixels import to_rgb, turn
+from e5v_search.media.exif import read_exif
+from e5v_search.media.pixels import upright
 from e5v_search.media.scan import shown
 
 MAX_PIXELS = 128_000_000  # a 108-megapixel phone camera fits; decoded, that is 512 MB
@@ -30,8 +32,11 @@ _HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b
 # number of threads.
 _one_large_picture = threading.RLock()
 
-# Pillow warns about garbled metadata, which is no news to the user of a photo that is read all the same.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+# Pillow warns and logs about garbled metadata and large sizes. The first is no news to the user of a photo that is read
+# all the same; the second is judged here.
+for _category in (UserWarning, RuntimeWarning):
+    warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,8 @@ def open_picture(source: str | bytes | Path | Image.Image, max_pixels: int = MAX
     """
     if isinstance(source, Image.Image):
         _check_size(source.size, max_pixels)
-        return _upright(source, source.format or "picture")[0]
+        with _decoder_errors(source.format or "picture"):
+            return upright(source)
     if isinstance(source, bytes):
         return _decode(source, max_pixels)[0]
     try:
@@ -134,8 +140,11 @@ def _decode(data: bytes, max_pixels: int) -> tuple[Image.Image, Facts]:
     name = _format(data)
     image = _opened(name, data)
     _check_size(image.size, max_pixels)
-    with _in_turn(image.width * image.height > _LARGE_PIXELS):
-        picture, exif = _upright(image, name)
+    with _in_turn(image.width * image.height > _LARGE_PIXELS), _decoder_errors(name):
+        # a TIFF reads its tags from the file, which decoding closes; a PNG may have them behind its pixels
+        early = read_exif(image) if name == "TIFF" else None
+        picture = upright(image)
+        exif = early or read_exif(image)
     return picture, Facts(picture.width, picture.height, name, exif.taken_at, exif.lat, exif.lon, exif.camera)
 
 
@@ -205,13 +214,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise PictureTooLarge(f"{width:,} x {height:,} pixels are {mega:,.0f} megapixels; the limit is {limit:,.0f} megapixels")
 
 
-def _upright(image: Image.Image, name: str) -> tuple[Image.Image, Exif]:
-    with _decoder_errors(name):
-        image.load()
-        exif = read_exif(image)
-        return to_rgb(turn(image, exif.orientation)), exif
-
-
 @contextmanager
 def _decoder_errors(name: str) -> Iterator[None]:
     """Decoders meet arbitrary bytes and raise nearly anything: OSError, SyntaxError, struct.error, KeyError, ..."""
@@ -219,7 +221,10 @@ def _decoder_errors(name: str) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise PictureTooLarge("not enough memory to decode it") from error
+    except Image.DecompressionBombError as error:
+        raise PictureTooLarge(str(error)) from error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        word = "truncated" if "truncat" in reason.lower() else "damaged"
-        raise NotAPicture(f"{word} {name}: {reason}") from error
+        if isinstance(error, EOFError | struct.error) or "truncat" in reason or "nexpected end" in reason:
+            raise NotAPicture(f"truncated {name}: the file ends before the picture does") from error
+        raise NotAPicture(f"damaged {name}: {reason}") from error

@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from e5v_search.media.exif import METADATA, read_exif
+from e5v_search.media.exif import METADATA, read_orientation
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -16,13 +16,17 @@ _TURNS = {
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """`image` turned as its EXIF orientation says, in RGB; what is transparent lies on white."""
-    return to_rgb(turn(image, read_exif(image).orientation))
+    """`image` turned as its EXIF orientation says, in RGB; what is transparent lies on white.
+
+    Raises what Pillow raises: ValueError for a colour mode that has no way to RGB, OSError for a damaged file.
+    """
+    image.load()  # some formats know their orientation, or apply it, only then
+    return _to_rgb(_turn(image))
 
 
-def turn(image: Image.Image, orientation: int) -> Image.Image:
+def _turn(image: Image.Image) -> Image.Image:
     """A new picture that no longer says that it needs turning, or `image` itself when it is upright."""
-    method = _TURNS.get(orientation)
+    method = _TURNS.get(read_orientation(image))
     if method is None:
         return image
     turned = image.transpose(method)
@@ -31,8 +35,7 @@ def turn(image: Image.Image, orientation: int) -> Image.Image:
     return turned
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Raises ValueError for a colour mode that has no way to RGB."""
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return _to_8_bits(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -53,6 +56,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
     values = np.array(image, dtype=np.float32)
     np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    np.clip(values, -1e30, 1e30, out=values)  # so that the range is finite too
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16"):
         low, high = 0.0, 65535.0
