@@ -241,8 +241,8 @@ class Catalog:
     def same_content(self, hashes: Sequence[str], kind: str) -> dict[str, int]:
         """The first item of `kind` with a vector for each content hash that has one."""
         query = (
-            "SELECT content_hash, min(id) FROM items WHERE kind = ? AND content_hash IN ({})"
-            " AND id IN (SELECT item_id FROM vectors) GROUP BY content_hash"
+            "SELECT content_hash, min(id) FROM items i WHERE kind = ? AND content_hash IN ({})"
+            " AND EXISTS (SELECT 1 FROM vectors v WHERE v.item_id = i.id) GROUP BY content_hash"
         )
         return dict(self._among(query, [to_sql(h) for h in hashes], before=(kind,)))
 
