@@ -1,10 +1,12 @@
 """First weights. A from-scratch run of minutes gains from every prior that can be written down.
 
-Patches: random Gaussian weights. Positions: two-dimensional sinusoids, so that neighbours begin alike. Residual
+Words: by the company they keep in captions. Patches: principal
+components of photos. Positions: two-dimensional sinusoids, so that neighbours begin alike. Residual
 branches: scaled down with depth, as in GPT-2, so that the sum over layers keeps its size.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ def initialise(model: LlavaNext, generator: torch.Generator) -> None:
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
         if parameter.dim() < 2:
-            one = name.endswith("norm.weight") or "norm" in name and name.endswith("weight")
+            one = "norm" in name and name.endswith("weight")
             nn.init.constant_(parameter, 1.0 if one else 0.0)
         elif name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")):
             _normal(parameter, 1 / math.sqrt(2 * depth[part] * parameter.shape[1]), generator)
@@ -37,6 +39,41 @@ def initialise(model: LlavaNext, generator: torch.Generator) -> None:
         positions[1:] = 0.5 * _sinusoids(math.isqrt(len(positions) - 1), positions.shape[1])
     for vector in (model.vision_tower.embeddings.class_embedding, model.image_newline):
         _normal(vector, 0.02, generator)
+
+
+def initialise_words(model: LlavaNext, bags: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Give words that occur in the same photos' captions similar embeddings: a truncated SVD of words by photos.
+
+    `bags` holds the tokens of each photo's captions with their weights. Tokens of no caption keep what they have.
+    """
+    table = model.language_model.embed_tokens.weight
+    counts = torch.zeros(len(table), len(bags))
+    for photo, (ids, share) in enumerate(bags):
+        counts[ids, photo] = share
+    seen = counts.sum(dim=1) > 0
+    rank = min(table.shape[1], *counts.shape)
+    u, s, _ = torch.svd_lowrank(nn.functional.normalize(counts[seen], dim=1), q=rank, niter=2)
+    vectors = nn.functional.normalize(u * s.sqrt(), dim=1)
+    with torch.no_grad():
+        size = table.norm(dim=1).mean()
+        table[seen, :rank] = vectors * size
+        table[seen, rank:] = 0.0
+
+
+def initialise_patches(model: LlavaNext, pixels: Tensor) -> None:
+    """Let the patch embedding read the principal components of photos' patches, the strong ones damped.
+
+    pixels (n, 3, height, width), normalised. Random weights would see little but the mean brightness: natural
+    patches have nearly all their energy in a few components.
+    """
+    weight = model.vision_tower.embeddings.patch_embedding.weight
+    size = weight.shape[-1]
+    patches = nn.functional.unfold(pixels, size, stride=size).transpose(1, 2).flatten(0, 1)
+    energy, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    rank = min(weight.shape[0], len(energy))
+    strongest = components[:, -rank:].flip(1) * energy[-rank:].flip(0).clamp(min=1e-6) ** -0.375
+    with torch.no_grad():
+        weight[:rank] = strongest.T.reshape(rank, *weight.shape[1:])
 
 
 def _normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:

@@ -64,11 +64,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW; the rate climbs for `warmup` steps, then falls along a half cosine to `floor` times itself."""
+    """`rate` is reached after `warmup` steps; each stage says what becomes of it."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
     rate: float = 1e-3
     warmup: int = 100
-    floor: float = 0.02
     decay: float = 0.1
     beta2: float = 0.98
     clip: float = 1.0
@@ -91,23 +91,27 @@ class Stage:
 
     name: str
     steps: int
+    rate: tuple[float, float] = (1.0, 1.0)  # first and last step's share of the optimiser's rate; linear between
     layout: Literal["base", "full"] = "base"
     photos: int = 128  # photo-caption pairs per step
     scenes: int = 24  # scenes per step, each with a change
     triplets: int = 32
+    aside_every: int = 1  # scenes and triplets join every so many steps
+    freeze_vision: bool = False  # the vision tower alone; the projector learns on
     drop: float = 0.0  # share of patches left out, before the vision tower
     crop: float = 0.5  # smallest share of the photo that a random crop keeps; 1: no crops
     weights: Weights = field(default_factory=Weights)
 
     def problems(self) -> list[str]:
-        found = [f"{k}: must be positive" for k in ("steps", "photos", "scenes", "triplets") if getattr(self, k) < 1]
-        found += [f"{k}: must lie in {low}" for k, ok, low in self._ranges() if not ok]
+        counts = ("steps", "photos", "scenes", "triplets", "aside_every")
+        found = [f"{k}: must be positive" for k in counts if getattr(self, k) < 1]
+        if not 0 <= self.drop < 1:
+            found.append("drop: must lie in [0, 1)")
+        if not 0 < self.crop <= 1:
+            found.append("crop: must lie in (0, 1]")
         if self.layout == "full" and self.drop:
             found.append("drop: only on the base tile; a full layout keeps all its patches")
         return found
-
-    def _ranges(self) -> list[tuple[str, bool, str]]:
-        return [("drop", 0 <= self.drop < 1, "[0, 1)"), ("crop", 0 < self.crop <= 1, "(0, 1]")]
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Recipe:
     nli_temperature: float = 0.05
     save_every: int = 100  # steps
     evaluate_every: int = 200
+    held_out_scenes: int = 500  # of the last measurement; those on the way make do with a fifth
     model: Model = field(default_factory=Model)
     optimiser: Optimiser = field(default_factory=Optimiser)
 
@@ -128,13 +133,23 @@ class Recipe:
 
     def stage_at(self, step: int) -> Stage:
         """The stage of the optimiser step `step`, counted from 0 over all stages."""
+        return self._locate(step)[0]
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step: the stage's share of the optimiser's, less during warm-up."""
+        stage, done = self._locate(step)
+        first, last = stage.rate
+        share = first + (last - first) * done / max(1, stage.steps - 1)
+        return self.optimiser.rate * share * min(1.0, (step + 1) / self.optimiser.warmup)
+
+    def _locate(self, step: int) -> tuple[Stage, int]:
         for stage in self.stages:
             if step < stage.steps:
-                return stage
+                return stage, step
             step -= stage.steps
-        raise IndexError(step)
+        raise IndexError("step beyond the last stage")
 
     def problems(self) -> list[str]:
         found = [] if self.stages else ["stages: one at least"]
-        found += [f"{k}: must be positive" for k in ("temperature", "nli_temperature", "save_every", "evaluate_every") if getattr(self, k) <= 0]
-        return found
+        positive = ("temperature", "nli_temperature", "save_every", "evaluate_every", "held_out_scenes")
+        return found + [f"{k}: must be positive" for k in positive if getattr(self, k) <= 0]

@@ -166,7 +166,10 @@ def _new_background(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
 
 
 def draw(scene: Scene, rng: random.Random, size: tuple[int, int] = (224, 224)) -> Image.Image:
-    """The scene as an RGB picture of `size` (height, width); where and how large each shape is, is up to chance."""
+    """The scene as an RGB picture of `size` (height, width); where and how large each shape is, is up to chance.
+
+    A single large shape may be cut by the edge, as things in photos are.
+    """
     height, width = size
     image = Image.new("RGB", (width, height), BACKGROUNDS[scene.background])
     pen = ImageDraw.Draw(image)

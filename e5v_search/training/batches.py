@@ -1,0 +1,154 @@
+"""What one optimiser step sees. A batch depends on the recipe's seed and the step alone, so that a resumed run goes on
+exactly as an uninterrupted one."""
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from e5v_search.backbones.tiles import Tiles, TileSpec, cut
+from e5v_search.training.data import Photos, Triplet
+from e5v_search.training.recipe import Recipe, Stage
+from e5v_search.training.scenes import draw, random_change, random_scene
+
+Pictures = Tensor | list[Tiles]  # base tiles (n, 3, tile, tile) uint8, or the full layout
+
+# width / height of photos; most cameras
+_ASPECTS = (1.0, 1.0, 4 / 3, 3 / 2, 3 / 4, 2 / 3)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n photos with a caption each and the words of all their captions (n, vocabulary); m scenes before and after a
+    change, with captions of both; k triplets. Scenes and triplets are empty in most steps when they join only some."""
+
+    photos: Pictures
+    captions: list[str]
+    words: Tensor
+    scenes: Pictures
+    changed: Pictures
+    scene_captions: list[str]
+    changed_captions: list[str]
+    changes: list[str]
+    triplets: list[Triplet]
+
+
+class Batches:
+    """`make(step)` for any step, in any order."""
+
+    def __init__(self, recipe: Recipe, photos: Photos, triplets: Sequence[Triplet], tokenizer: Tokenizer) -> None:
+        self.recipe, self.photos, self.triplets = recipe, photos, triplets
+        self.spec: TileSpec = recipe.model.tiles()
+        self.words = caption_words(photos.captions, tokenizer)
+        self._vocabulary = recipe.model.decoder.vocabulary  # rows of the table; a small corpus may fill fewer
+        self.log_prior = _log_prior(self.words, self._vocabulary)
+        self._starts = {"photos": self._seen("photos"), "triplets": self._seen("triplets")}
+
+    def make(self, step: int) -> Batch:
+        stage = self.recipe.stage_at(step)
+        rng = random.Random(f"{self.recipe.seed}/{step}")
+        rows = self._rows("photos", step, stage.photos, len(self.photos))
+        captions = [rng.choice(self.photos.captions[i]) for i in rows]
+        photos = [self._view(i, caption, stage, rng) for i, caption in zip(rows, captions, strict=True)]
+        words = torch.zeros(len(rows), self._vocabulary)
+        for row, i in enumerate(rows):
+            ids, share = self.words[i]
+            words[row, ids] = share
+        aside = step % stage.aside_every == 0
+        before = [random_scene(rng) for _ in range(stage.scenes if aside else 0)]
+        changes = [random_change(scene, rng) for scene in before]
+        pictures = []
+        for scene in (*before, *(after for _, after in changes)):
+            size = _size(224, rng) if stage.layout == "full" else (224, 224)
+            pictures.append(self._prepare(draw(scene, rng, size), stage))
+        triplets = self._rows("triplets", step, stage.triplets, len(self.triplets)) if aside else []
+        return Batch(
+            photos=_together(photos),
+            captions=captions,
+            words=words,
+            scenes=_together(pictures[: len(before)]),
+            changed=_together(pictures[len(before) :]),
+            scene_captions=[scene.caption(rng) for scene in before],
+            changed_captions=[scene.caption(rng) for _, scene in changes],
+            changes=[text for text, _ in changes],
+            triplets=[self.triplets[i] for i in triplets],
+        )
+
+    def _seen(self, what: str) -> list[int]:
+        """Items of a kind consumed before each step."""
+        counts = [0]
+        for stage in self.recipe.stages:
+            counts += [getattr(stage, what)] * stage.steps
+        return list(itertools.accumulate(counts))
+
+    def _rows(self, what: str, step: int, n: int, total: int) -> list[int]:
+        """The next n of an endless sequence of shuffled epochs."""
+        first = self._starts[what][step]
+        order: dict[int, list[int]] = {}
+        rows = []
+        for position in range(first, first + n):
+            epoch, at = divmod(position, total)
+            if epoch not in order:
+                order[epoch] = random.Random(f"{self.recipe.seed}/{what}/{epoch}").sample(range(total), total)
+            rows.append(order[epoch][at])
+        return rows
+
+    def _view(self, i: int, caption: str, stage: Stage, rng: random.Random) -> Tiles | np.ndarray:
+        """One photo: a random crop, mirrored unless its caption tells left from right."""
+        image = Image.fromarray(self.photos.pixels[i].transpose(1, 2, 0))
+        if rng.random() < 0.5 and "left" not in caption and "right" not in caption:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        side = image.width
+        share, stretch = rng.uniform(stage.crop, 1.0), rng.uniform(0.8, 1.25) if stage.crop < 1 else 1.0
+        width = min(side, round(side * (share * stretch) ** 0.5))
+        height = min(side, round(side * (share / stretch) ** 0.5))
+        left, top = rng.randint(0, side - width), rng.randint(0, side - height)
+        image = image.crop((left, top, left + width, top + height))
+        if stage.layout == "full":
+            height, width = _size(max(width, height), rng)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return self._prepare(image, stage)
+
+    def _prepare(self, image: Image.Image, stage: Stage) -> Tiles | np.ndarray:
+        if stage.layout == "full":
+            return cut(image, self.spec)
+        return np.asarray(image.resize((self.spec.tile, self.spec.tile), self.spec.resample)).transpose(2, 0, 1)
+
+
+def caption_words(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) -> list[tuple[Tensor, Tensor]]:
+    """For each photo the tokens of all its captions and their shares (sum 1), rare ones weighted up."""
+    bags = [Counter(t for e in tokenizer.encode_batch(list(c), add_special_tokens=False) for t in set(e.ids)) for c in captions]
+    photos_with = Counter(token for bag in bags for token in bag)
+    words = []
+    for bag in bags:
+        ids = torch.tensor(sorted(bag), dtype=torch.long)
+        weight = torch.tensor([bag[int(t)] * np.log((1 + len(bags)) / photos_with[int(t)]) for t in ids], dtype=torch.float32)
+        words.append((ids, weight / weight.sum()))
+    return words
+
+
+def _log_prior(words: Sequence[tuple[Tensor, Tensor]], vocabulary: int) -> Tensor:
+    """(vocabulary,): logarithm of the mean of all photos' distributions, smoothed."""
+    total = torch.full((vocabulary,), 1e-2)
+    for ids, share in words:
+        total[ids] += share
+    return (total / total.sum()).log()
+
+
+def _size(long_side: int, rng: random.Random) -> tuple[int, int]:
+    """(height, width) of a photo with one of the usual shapes."""
+    aspect = rng.choice(_ASPECTS)
+    return (round(long_side / aspect), long_side) if aspect >= 1 else (long_side, round(long_side * aspect))
+
+
+def _together(pictures: list[Tiles | np.ndarray]) -> Pictures:
+    if not pictures or isinstance(pictures[0], Tiles):
+        return [p for p in pictures if isinstance(p, Tiles)]
+    return torch.from_numpy(np.stack([p for p in pictures if isinstance(p, np.ndarray)]))

@@ -1,0 +1,183 @@
+"""The run, in the order in which it happens: data, tokenizer, model, steps, measurements, checkpoint folder."""
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from e5v_search.backbones.modules import LlavaNext
+from e5v_search.errors import ModelError
+from e5v_search.parallel import ahead
+from e5v_search.training.batches import Batch, Batches
+from e5v_search.training.data import Photos, Triplet, caption_corpus, load_photos, read_triplets
+from e5v_search.training.encode import BatchEncoder
+from e5v_search.training.export import export
+from e5v_search.training.initialise import initialise, initialise_patches, initialise_words
+from e5v_search.training.measure import photo_recalls, scene_recalls, sts_spearman
+from e5v_search.training.muon import Muon
+from e5v_search.training.objective import Objective
+from e5v_search.training.recipe import Optimiser, Recipe, Stage
+from e5v_search.training.scenes import random_change, random_scene
+from e5v_search.training.state import load_state, save_state
+from e5v_search.training.tokenizer import IMAGE, train_tokenizer
+
+_PHOTO_SIDE = 224
+
+
+@dataclass(frozen=True)
+class Data:
+    photos: Photos  # training split
+    held_out: Photos  # development split: measured, never trained on
+    triplets: list[Triplet]
+    sts: Path | None = None
+
+
+def load_data(folder: Path, limit: int | None = None) -> Data:
+    """The shared data folder: Flickr8k's train and dev photos, NLI triplets, STS-B's dev pairs when they are there."""
+    flickr, sts = folder / "flickr8k", folder / "sts_raw" / "STS" / "STSBenchmark" / "sts-dev.csv"
+    return Data(
+        load_photos(flickr, "train", _PHOTO_SIDE, limit),
+        load_photos(flickr, "dev", _PHOTO_SIDE, limit),
+        read_triplets(folder / "nli" / "nli_triplets.csv")[:limit],
+        sts if sts.exists() else None,
+    )
+
+
+def train(recipe: Recipe, data: Data, out: Path, say: Callable[[str], None]) -> Path:
+    """Run `recipe` to its end, going on from what `out` holds; the finished checkpoint folder.
+
+    Writes into `out`: tokenizer.json, state.safetensors (all that a resumed run needs), log.jsonl, model/.
+    Raises ModelError naming step and part when a loss is not finite.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(recipe, data, out / "tokenizer.json")
+    torch.manual_seed(recipe.seed)
+    model = LlavaNext(recipe.model.config(tokenizer.encode(IMAGE, add_special_tokens=False).ids[0]))
+    initialise(model, torch.Generator().manual_seed(recipe.seed))
+    encoder = BatchEncoder(model, tokenizer)
+    batches = Batches(recipe, data.photos, data.triplets, tokenizer)
+    initialise_words(model, batches.words)
+    initialise_patches(model, encoder.normalised(torch.from_numpy(data.photos.pixels[:500])))
+    objective = Objective(recipe, encoder, batches.log_prior)
+    trained = nn.ModuleDict({"model": model, "objective": objective})
+    optimiser = _optimiser(trained, recipe.optimiser)
+    # not the stages: a run may be made longer or shorter than planned, from where it is
+    same = (recipe.seed, recipe.model, recipe.optimiser, len(data.photos), len(data.triplets))
+    identity = hashlib.sha256(repr(same).encode()).hexdigest()
+    state = out / "state.safetensors"
+    first = load_state(state, trained, optimiser, identity) if state.exists() else 0
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{parameters:,} parameters, {len(data.photos):,} photos, steps {first} to {recipe.steps}")
+
+    log = Log(out / "log.jsonl", recipe.steps, say)
+    # one thread draws and crops the next batches while the model works on this one
+    for step, batch in enumerate(ahead(batches.make, range(first, recipe.steps), workers=1, depth=3), first):
+        rate = recipe.rate_at(step)
+        parts = _step(objective, optimiser, batch, recipe, step, rate)
+        log.step(step, recipe.stage_at(step).name, {k: float(v.detach()) for k, v in parts.items()}, rate, len(batch.captions))
+        done = step + 1
+        if done % recipe.evaluate_every == 0 and done < recipe.steps:
+            log.measured(done, measure(encoder, data, recipe, recipe.stage_at(step).layout, quick=True))
+        if done % recipe.save_every == 0 or done == recipe.steps:
+            save_state(state, trained, optimiser, done, identity)
+    export(model, tokenizer, out / "model")
+    log.measured(recipe.steps, measure(encoder, data, recipe, recipe.stages[-1].layout, quick=False))
+    return out / "model"
+
+
+def _tokenizer(recipe: Recipe, data: Data, path: Path) -> Tokenizer:
+    if not path.exists():
+        rng = random.Random(recipe.seed)
+        scenes = [random_scene(rng) for _ in range(2000)]
+        sentences = [scene.caption(rng) for scene in scenes] + [random_change(scene, rng)[0] for scene in scenes]
+        corpus = caption_corpus(data.photos.captions, data.triplets) + sentences
+        train_tokenizer(corpus, recipe.model.decoder.vocabulary).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+def _optimiser(module: nn.Module, o: Optimiser) -> torch.optim.Optimizer:
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        decays = parameter.dim() >= 2 and "embed" not in name
+        (matrices if decays else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": o.decay}, {"params": others, "weight_decay": 0.0}]
+    if o.kind == "muon":
+        groups[0]["orthogonal"] = True
+        return Muon(groups, lr=o.rate, betas=(0.9, o.beta2))
+    return torch.optim.AdamW(groups, lr=o.rate, betas=(0.9, o.beta2), fused=True)
+
+
+def _step(
+    objective: Objective, optimiser: torch.optim.Optimizer, batch: Batch, recipe: Recipe, step: int, rate: float
+) -> dict[str, Tensor]:
+    stage = recipe.stage_at(step)
+    # chance depends on the step alone: a resumed run draws what an uninterrupted one would
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    objective.encoder.model.vision_tower.requires_grad_(not stage.freeze_vision)
+    parts: dict[str, Tensor] = objective(batch, stage, generator)
+    for name, value in parts.items():
+        _finite(value, f"loss {name!r}", step, stage)
+    optimiser.zero_grad(set_to_none=True)
+    objective.total(parts, stage).backward()  # type: ignore[no-untyped-call]
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, recipe.optimiser.clip)
+    _finite(norm, "the gradient's norm", step, stage)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.step()
+    return parts | {"norm": norm}
+
+
+def _finite(value: Tensor, what: str, step: int, stage: Stage) -> None:
+    if not torch.isfinite(value):
+        place = f"step {step} (stage {stage.name})"
+        raise ModelError(f"training diverged at {place}: {what} is {float(value.detach())}; lower optimiser.rate")
+
+
+def measure(encoder: BatchEncoder, data: Data, recipe: Recipe, layout: str, quick: bool) -> dict[str, float]:
+    """On held-out data; `quick`: one caption per photo, a fifth of the scenes."""
+    spec = recipe.model.tiles()
+    found = photo_recalls(encoder, data.held_out, layout, spec, captions=1 if quick else 5)
+    found |= scene_recalls(encoder, recipe.held_out_scenes // (5 if quick else 1), layout, spec)
+    if data.sts is not None:
+        found["sts_dev"] = sts_spearman(encoder, data.sts)
+    return found
+
+
+class Log:
+    """One JSON object per step and per measurement, appended; a line a person can follow now and then."""
+
+    def __init__(self, path: Path, steps: int, say: Callable[[str], None]) -> None:
+        self.path, self.steps, self.say = path, steps, say
+        self.started = self.last = time.monotonic()
+        self.done = 0
+        self.spoke = 0.0
+
+    def step(self, step: int, stage: str, parts: dict[str, float], rate: float, pairs: int) -> None:
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        self.done += 1
+        self._write({"step": step, "stage": stage, **parts, "rate": rate, "seconds": round(seconds, 3)})
+        if now - self.spoke > 15:
+            self.spoke = now
+            left = (now - self.started) / self.done * (self.steps - step - 1)
+            losses = " ".join(f"{k} {v:.3f}" for k, v in parts.items())
+            self.say(f"{stage} step {step + 1}/{self.steps}  {losses}  {pairs / seconds:.0f} pairs/s  {left / 60:.0f} min left")
+
+    def measured(self, step: int, values: dict[str, float]) -> None:
+        self._write({"step": step, "measured": values})
+        self.say(f"step {step}  " + " ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self.last = time.monotonic()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,0 +1,215 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from e5v_search.backbones.llava_next import LlavaNextEmbedder
+from e5v_search.backbones.modules import LlavaNext
+from e5v_search.config import load_recipe, parse
+from e5v_search.errors import IncompleteCheckpoint, ModelError, UsageError
+from e5v_search.training import state
+from e5v_search.training.batches import Batches, caption_words
+from e5v_search.training.data import Photos
+from e5v_search.training.encode import BatchEncoder, last_states
+from e5v_search.training.initialise import initialise
+from e5v_search.training.loop import Data, train
+from e5v_search.training.measure import recalls
+from e5v_search.training.recipe import Recipe
+from e5v_search.training.tokenizer import IMAGE, train_tokenizer
+
+RECIPES = sorted((Path(__file__).parent.parent / "training").glob("*.toml"))
+WORDS = ("red", "green", "blue", "small", "large", "round", "flat", "wet")
+
+
+def tiny_recipe(**changes: object) -> Recipe:
+    """Two stages, both layouts, every part of the loss; a model of some thousand weights."""
+    weights = {"photos": 1.0, "words": 0.3, "scenes": 0.5, "changes": 0.5, "nli": 0.2}
+    stage = {"steps": 2, "photos": 4, "scenes": 2, "triplets": 2, "weights": weights}
+    data: dict[str, object] = {
+        "name": "tiny",
+        "save_every": 1,
+        "evaluate_every": 100,
+        "held_out_scenes": 10,
+        "model": {
+            "vision": {"width": 16, "layers": 1, "heads": 2, "mlp": 16, "tile": 32},
+            "decoder": {"width": 16, "layers": 2, "heads": 2, "mlp": 16, "vocabulary": 600},
+            "pinpoints": [[32, 64], [64, 32]],
+        },
+        "optimiser": {"kind": "muon", "rate": 1e-3, "warmup": 2},
+        "stages": [stage | {"name": "base", "drop": 0.5, "aside_every": 2}, stage | {"name": "full", "layout": "full"}],
+    }
+    return parse(Recipe, data | changes, "tiny")
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    rng = np.random.default_rng(0)
+    captions = [[f"a {WORDS[i % 8]} thing number {i}", f"{WORDS[(i + 1) % 8]}, near the left"] for i in range(10)]
+    photos = Photos([f"{i}.jpg" for i in range(10)], captions, rng.integers(0, 255, (10, 3, 48, 48), dtype=np.uint8))
+    triplets = [(f"a {w} thing", f"something {w}", f"nothing {w}") for w in WORDS]
+    return Data(photos, photos.first(5), triplets)
+
+
+@pytest.fixture(scope="module")
+def encoder(data: Data) -> BatchEncoder:
+    tokenizer = train_tokenizer([c for cs in data.photos.captions for c in cs] * 5, 600)
+    model = LlavaNext(tiny_recipe().model.config(tokenizer.encode(IMAGE, add_special_tokens=False).ids[0]))
+    initialise(model, torch.Generator().manual_seed(0))
+    return BatchEncoder(model, tokenizer, max_text=8)
+
+
+def logged(out: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if "step" in line and "measured" not in line]
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_every_recipe_parses() -> None:
+    assert RECIPES
+    for path in RECIPES:
+        recipe = load_recipe(Recipe, path)
+        assert recipe.name == path.stem
+        assert recipe.rate_at(recipe.steps - 1) > 0
+
+
+def test_all_problems_of_a_recipe_are_named_at_once() -> None:
+    with pytest.raises(UsageError) as raised:
+        tiny_recipe(
+            stages=[{"name": "x", "steps": 0, "drop": 1.0, "crop": 0, "layout": "half"}],
+            model={"vision": {"width": 30, "heads": 4, "tile": 50}, "pinpoints": []},
+            temperature=0.0,
+        )
+    for part in ("stages[0].layout", "vision.width", "vision.tile", "pinpoints"):
+        assert part in str(raised.value)
+    with pytest.raises(UsageError, match=r"stages\[0\].steps: must be positive.*drop: must lie.*crop: must lie"):
+        tiny_recipe(stages=[{"name": "x", "steps": 0, "drop": 1.0, "crop": 0}])
+    with pytest.raises(UsageError, match="only on the base tile"):
+        tiny_recipe(stages=[{"name": "x", "steps": 1, "layout": "full", "drop": 0.5}])
+
+
+def test_the_rate_warms_up_and_follows_its_stages() -> None:
+    stages = [{"name": "a", "steps": 4}, {"name": "b", "steps": 3, "rate": [1.0, 0.0]}]
+    recipe = tiny_recipe(stages=stages, optimiser={"rate": 1.0, "warmup": 2})
+    assert [recipe.rate_at(i) for i in range(7)] == [0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
+    assert [recipe.stage_at(i).name for i in range(7)] == list("aaaabbb")
+
+
+def test_a_run_trains_resumes_and_gives_a_checkpoint(tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    recipe = tiny_recipe()
+    folder = train(recipe, data, whole, quiet)
+
+    saved = state.save_state
+
+    def save_then_stop(*arguments: object) -> None:
+        saved(*arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    # stopped right after each save, as a kill between two steps would
+    monkeypatch.setattr("e5v_search.training.loop.save_state", save_then_stop)
+    for _ in range(recipe.steps):
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, data, parted, quiet)
+    monkeypatch.undo()
+    train(recipe, data, parted, quiet)
+    assert logged(parted) == logged(whole)
+    assert len(logged(whole)) == recipe.steps
+    assert (parted / "model" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+    embedder = LlavaNextEmbedder.load(str(folder), device="cpu")
+    photos = embedder.embed_images([Image.fromarray(p.transpose(1, 2, 0)) for p in data.photos.pixels[:3]])
+    assert photos.shape == (3, 16)
+    assert np.allclose(np.linalg.norm(photos, axis=1), 1, atol=1e-5)
+
+
+def test_a_run_goes_on_with_its_own_recipe_only(tmp_path: Path, data: Data) -> None:
+    recipe = tiny_recipe(stages=[{"name": "a", "steps": 1, "photos": 2}])
+    train(recipe, data, tmp_path, quiet)
+    with pytest.raises(IncompleteCheckpoint, match="another recipe"):
+        train(replace(recipe, seed=1), data, tmp_path, quiet)
+    (tmp_path / "state.safetensors").write_bytes((tmp_path / "state.safetensors").read_bytes()[:1000])
+    with pytest.raises(IncompleteCheckpoint, match=r"state\.safetensors cannot be read"):
+        train(recipe, data, tmp_path, quiet)
+
+
+def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, encoder: BatchEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(2, 2)
+    optimiser = torch.optim.AdamW(module.parameters())
+    path = tmp_path / "state.safetensors"
+    state.save_state(path, module, optimiser, 3, "id")
+
+    def no_space(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        state.save_state(path, module, optimiser, 4, "id")
+    assert state.load_state(path, module, optimiser, "id") == 3
+
+
+def test_divergence_stops_and_names_the_step(tmp_path: Path, data: Data) -> None:
+    recipe = tiny_recipe(optimiser={"rate": 1e30, "warmup": 1})
+    with pytest.raises(ModelError, match=r"diverged at step [123] \(stage \w+\): .* is (nan|inf)"):
+        train(recipe, data, tmp_path, quiet)
+
+
+def test_a_batch_depends_on_its_step_alone(data: Data, encoder: BatchEncoder) -> None:
+    def make() -> Batches:
+        return Batches(tiny_recipe(), data.photos, data.triplets, encoder.tokenizer)
+
+    forwards, backwards = make(), make()
+    first = [forwards.make(step) for step in range(4)]
+    second = [backwards.make(step) for step in (3, 2, 1, 0)][::-1]
+    for a, b in zip(first, second, strict=True):
+        assert (a.captions, a.changes, a.triplets) == (b.captions, b.changes, b.triplets)
+        assert torch.equal(a.words, b.words)
+    assert isinstance(first[0].photos, torch.Tensor)
+    assert first[0].photos.shape == (4, 3, 32, 32)
+    assert [bool(batch.changes) for batch in first] == [True, False, True, True]  # aside_every = 2, then 1
+    seen = [c for batch in first[:3] for c in batch.captions]
+    assert len({next(i for i, cs in enumerate(data.photos.captions) if c in cs) for c in seen[:10]}) == 10
+
+
+def test_rare_words_weigh_more(encoder: BatchEncoder) -> None:
+    words = caption_words([["a dog", "a dog"], ["a cat"]], encoder.tokenizer)
+    weight = {encoder.tokenizer.decode([int(i)]): float(w) for i, w in zip(*words[0], strict=True)}
+    assert sum(weight.values()) == pytest.approx(1)
+    assert weight["a"] == min(weight.values())
+
+
+def test_training_embeds_as_the_engine_does(encoder: BatchEncoder) -> None:
+    model = encoder.model
+    rows = [torch.randn(n, 16, generator=torch.Generator().manual_seed(n)) for n in (3, 11, 7, 11)]
+    with torch.no_grad():
+        assert torch.allclose(last_states(model.language_model, rows), model.last_hidden(rows), atol=1e-5)
+        whole = encoder.texts(["a red thing", "a thing that is rather large and green"])
+        single = torch.cat([encoder.texts([s]) for s in ["a red thing", "a thing that is rather large and green"]])
+        assert torch.allclose(whole, single, atol=1e-5)
+
+
+def test_dropped_patches_never_enter(encoder: BatchEncoder) -> None:
+    pixels = torch.randint(0, 255, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        assert encoder.base_features(pixels).shape == (3, 4, 16)
+        kept = encoder.base_features(pixels, 0.5, torch.Generator().manual_seed(0))
+        assert kept.shape == (3, 2, 16)
+        assert not torch.allclose(kept, encoder.base_features(pixels, 0.5, torch.Generator().manual_seed(1)))
+
+
+def test_long_sentences_are_cut_before_the_prompt(encoder: BatchEncoder) -> None:
+    short, long = "wet " * 8, "wet " * 50
+    with torch.no_grad():
+        assert torch.allclose(encoder.texts([short.strip()]), encoder.texts([long.strip()]), atol=1e-5)
+
+
+def test_recalls_count_any_right_answer() -> None:
+    gallery = torch.eye(4)
+    queries = torch.tensor([[1.0, 0.5, 0, 0], [0.2, 0.9, 0.1, 0], [0.9, 0.5, 0.4, 0.3]])
+    assert recalls(queries, gallery, lambda q: {0, 3} if q == 2 else {1}, (1, 2)) == {1: pytest.approx(2 / 3), 2: 1.0}
