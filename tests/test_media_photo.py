@@ -20,9 +20,9 @@ from pictures import BLACK, BLUE, GREEN, RED, encoded, photo, quarters
 from PIL import Image
 
 from e5v_search import media
-from e5v_search.errors import MissingPackage, NotAPicture, PictureTooLarge, UnreadableFile
+from e5v_search.errors import NotAPicture, PictureTooLarge, UnreadableFile
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(EXIF|Truncated File|Metadata):UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 # where the four quarters lie, row by row, when a picture stored with this orientation is not turned:
 # EXIF says how the stored rows and columns lie in the scene, so these are the inverses of what must be done
@@ -173,7 +173,7 @@ def test_pixels_of_a_jpeg_are_exact(tmp_path: Path) -> None:
 
 # files that are none
 
-READERS: list[Callable[[Path], object]] = [media.read_photo, media.content_hash, media.open_picture]
+READERS: list[Callable[[Path], object]] = [media.decode, media.read_photo, media.content_hash, media.open_picture]
 
 
 def test_what_is_not_a_file_is_never_opened(tmp_path: Path) -> None:
@@ -234,6 +234,8 @@ def test_a_lazy_image_that_is_broken_or_too_large() -> None:
         media.open_picture(Image.open(io.BytesIO(encoded(photo(640, 480), "JPEG")[:4000])))
     with pytest.raises(PictureTooLarge, match="limit"):
         media.open_picture(Image.new("1", (200, 200)), max_pixels=39_999)
+    with pytest.raises(NotAPicture, match="0 x 5"):
+        media.open_picture(Image.new("RGB", (0, 5)))
 
 
 def test_turned_image_of_the_python_api() -> None:
@@ -345,7 +347,7 @@ def test_without_pillow_heif_only_heic_fails(tmp_path: Path) -> None:
         "print(media.read_photo(sys.argv[2]).facts.format)"
     )
     out = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=True)
-    assert out.stdout == f"{MissingPackage.__name__} HEIC photos need one more package: pip install pillow-heif\nJPEG\n"
+    assert out.stdout == "UnreadableFile HEIC photos need one more package: pip install pillow-heif\nJPEG\n"
 
 
 def test_a_real_photo_of_the_shared_data_folder() -> None:

@@ -13,6 +13,8 @@ from PIL import Image
 from e5v_search.errors import CollectionReadOnly, DiskFull, NotAPicture, UnreadableFile
 from e5v_search.media import content_hash, thumbnail
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from e5v_search.errors import MediaError, MissingPackage, NotAPicture, PictureTooLarge, UnreadableFile
+from e5v_search.errors import MediaError, NotAPicture, PictureTooLarge, UnreadableFile
 from e5v_search.media.exif import read_exif
 from e5v_search.media.pixels import upright
 from e5v_search.media.scan import shown
@@ -69,26 +69,25 @@ def content_hash(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_photo(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Photo:
-    """The photo at `path`, from one reading of the file, so that pixels, facts and hash belong together.
+def decode(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> tuple[Image.Image, Facts]:
+    """The photo at `path`, upright and in RGB, and its facts. Safe in many threads.
 
-    Raises UnreadableFile, NotAPicture, PictureTooLarge; the reason does not repeat the path. Safe in many threads.
+    Raises UnreadableFile, NotAPicture, PictureTooLarge; the reason does not repeat the path.
     """
     with _read(path, max_bytes) as data:
-        image, facts = _decode(data, max_pixels)
-        return Photo(image, facts, hashlib.sha256(data).hexdigest())
+        return _decode(data, max_pixels)
 
 
-def decode(path: str | os.PathLike[str]) -> tuple[Image.Image, Facts]:
-    """`read_photo` for those who have the hash already."""
-    with _read(path, MAX_BYTES) as data:
-        return _decode(data, MAX_PIXELS)
+def read_photo(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Photo:
+    """As `decode`, with the hash of the very bytes that were decoded, even when the file changes meanwhile."""
+    with _read(path, max_bytes) as data:
+        return Photo(*_decode(data, max_pixels), hashlib.sha256(data).hexdigest())
 
 
 def open_picture(source: str | bytes | Path | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An upright RGB picture from a path, from the bytes of a picture file, or from a PIL image.
 
-    Raises as `read_photo` does; for a path the message begins with it.
+    Raises as `decode` does; for a path the message begins with it.
     """
     if isinstance(source, Image.Image):
         _check_size(source.size, max_pixels)
@@ -97,7 +96,7 @@ def open_picture(source: str | bytes | Path | Image.Image, max_pixels: int = MAX
     if isinstance(source, bytes):
         return _decode(source, max_pixels)[0]
     try:
-        return read_photo(source, max_pixels).image
+        return decode(source, max_pixels)[0]
     except MediaError as error:
         raise type(error)(f"{shown(source)}: {error}") from error
 
@@ -141,10 +140,8 @@ def _decode(data: bytes, max_pixels: int) -> tuple[Image.Image, Facts]:
     image = _opened(name, data)
     _check_size(image.size, max_pixels)
     with _in_turn(image.width * image.height > _LARGE_PIXELS), _decoder_errors(name):
-        # a TIFF reads its tags from the file, which decoding closes; a PNG may have them behind its pixels
-        early = read_exif(image) if name == "TIFF" else None
         picture = upright(image)
-        exif = early or read_exif(image)
+        exif = read_exif(image)  # after decoding: a PNG may have it behind its pixels
     return picture, Facts(picture.width, picture.height, name, exif.taken_at, exif.lat, exif.lon, exif.camera)
 
 
@@ -203,12 +200,15 @@ def _register_heif() -> None:
     try:
         import pillow_heif  # loads libheif: only for those who have such photos
     except ImportError as error:
-        raise MissingPackage("HEIC photos need one more package: pip install pillow-heif") from error
+        # no MissingPackage: photos of other formats go on
+        raise UnreadableFile("HEIC photos need one more package: pip install pillow-heif") from error
     pillow_heif.register_heif_opener()
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
+    if not width * height:
+        raise NotAPicture(f"{width} x {height} pixels are no picture")
     if width * height > max_pixels:
         mega, limit = width * height / 1e6, max_pixels / 1e6
         raise PictureTooLarge(f"{width:,} x {height:,} pixels are {mega:,.0f} megapixels; the limit is {limit:,.0f} megapixels")
