@@ -24,6 +24,7 @@ from e5v_search.errors import (
     CollectionError,
     CollectionNotFound,
     CollectionReadOnly,
+    DiskFull,
     FingerprintMismatch,
     MediaError,
     QueryError,
@@ -78,7 +79,10 @@ class Collection:
         """
         folder = collection_path(place)
         if (folder / "catalog.sqlite").exists():
-            catalog = Catalog.open(folder)
+            try:
+                catalog = Catalog.open(folder)
+            except (CollectionReadOnly, DiskFull):
+                catalog = Catalog.open(folder, readonly=True)  # it can be searched all the same
         elif create:
             catalog = Catalog.create(folder)
         else:
