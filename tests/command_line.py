@@ -1,0 +1,42 @@
+"""What the tests of the command line share: running it here or in a process of its own, and a folder of photos."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pictures
+from click.testing import CliRunner, Result
+
+from e5v_search.cli import cli
+
+
+def run(*args: str | os.PathLike[str]) -> Result:
+    result = CliRunner().invoke(cli, [os.fspath(arg) for arg in args], prog_name="e5v-search")
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def refused(code: int, *args: str | os.PathLike[str]) -> str:
+    """The one line on stderr of a command that ends with `code` and prints nothing."""
+    result = run(*args)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("model auto:")]
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def start(*args: str | os.PathLike[str], **options: Any) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "e5v_search", *(os.fspath(arg) for arg in args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def write_photos(folder: Path, n: int, first: int = 0) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:04d}.jpg" for i in range(first, first + n)]
+    for i, path in enumerate(paths, start=first):
+        pictures.photo(60 + i % 7, 40 + i % 5, seed=i).save(path, quality=90)
+    return paths
