@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -358,3 +359,16 @@ def test_a_real_photo_of_the_shared_data_folder() -> None:
         got = media.read_photo(path)
         assert max(got.image.size) <= 512
         assert got.facts.format == "JPEG"
+
+
+def test_the_sample_photos_are_small_and_each_has_its_licence() -> None:
+    folder = Path(media.__file__).parent.parent / "samples"
+    listed = set(
+        re.findall(r"^\| `(.+?\.jpg)` \|.*(?:public domain|CC0) \|$", (folder / "LICENSES.md").read_text("utf-8"), re.MULTILINE)
+    )
+    samples = {path.name: path for path in folder.glob("*.*") if path.suffix != ".md"}
+    # pictures that the project renders itself need no licence of others
+    assert listed == {name for name in samples if not name.startswith("scene-")}
+    assert sum(path.stat().st_size for path in samples.values()) < 1_500_000
+    for path in samples.values():
+        assert max(media.read_photo(path).image.size) <= 640
