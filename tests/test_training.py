@@ -17,7 +17,7 @@ from e5v_search.training.data import Photos
 from e5v_search.training.encode import BatchEncoder, last_states
 from e5v_search.training.initialise import initialise
 from e5v_search.training.loop import Data, train
-from e5v_search.training.measure import recalls
+from e5v_search.training.measure import recalls, sts_spearman
 from e5v_search.training.recipe import Recipe
 from e5v_search.training.tokenizer import IMAGE, train_tokenizer
 
@@ -210,6 +210,22 @@ def test_long_sentences_are_cut_before_the_prompt(encoder: BatchEncoder) -> None
 
 
 def test_recalls_count_any_right_answer() -> None:
-    gallery = torch.eye(4)
-    queries = torch.tensor([[1.0, 0.5, 0, 0], [0.2, 0.9, 0.1, 0], [0.9, 0.5, 0.4, 0.3]])
-    assert recalls(queries, gallery, lambda q: {0, 3} if q == 2 else {1}, (1, 2)) == {1: pytest.approx(2 / 3), 2: 1.0}
+    gallery = np.eye(4)
+    queries = np.array([[1.0, 0.5, 0, 0], [0.2, 0.9, 0.1, 0], [0.9, 0.5, 0.4, 0.3]])
+    assert recalls(queries, gallery, [{1}, {1}, {0, 3}], (1, 2)) == {1: pytest.approx(2 / 3), 2: 1.0}
+
+
+def test_spearman_is_of_ranks_with_ties_at_their_mean(tmp_path: Path) -> None:
+    class Angles:
+        """Two words meet at an angle that is their number of common letters."""
+
+        def embed_texts(self, texts: list[str], prompts: str) -> np.ndarray:
+            assert prompts == "sts"
+            angle = np.array([len(text) / 20 for text in texts])
+            return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+    path = tmp_path / "sts.csv"
+    rows = [("5.0", "abc", "abd"), ("1.0", "a", "abcdefgh"), ("3.0", "abc", "a"), ("3.0", "abc", "abcd"), ("x",)]
+    path.write_text("".join("\t".join(("g", "f", "y", "1", *row)) + "\n" for row in rows))
+    gold, near = [4.0, 1.0, 2.5, 2.5], [4.0, 1.0, 2.0, 3.0]
+    assert sts_spearman(Angles(), path) == pytest.approx(np.corrcoef(gold, near)[0, 1])  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from e5v_search.training.data import Photos, Triplet, caption_corpus, load_photo
 from e5v_search.training.encode import BatchEncoder
 from e5v_search.training.export import export
 from e5v_search.training.initialise import initialise, initialise_patches, initialise_words
-from e5v_search.training.measure import photo_recalls, scene_recalls, sts_spearman
+from e5v_search.training.measure import RunEmbedder, photo_recalls, scene_recalls, sts_file, sts_spearman
 from e5v_search.training.muon import Muon
 from e5v_search.training.objective import Objective
 from e5v_search.training.recipe import Optimiser, Recipe, Stage
@@ -42,7 +42,7 @@ class Data:
 
 def load_data(folder: Path, limit: int | None = None) -> Data:
     """The shared data folder: Flickr8k's train and dev photos, NLI triplets, STS-B's dev pairs when they are there."""
-    flickr, sts = folder / "flickr8k", folder / "sts_raw" / "STS" / "STSBenchmark" / "sts-dev.csv"
+    flickr, sts = folder / "flickr8k", sts_file(folder, "dev")
     return Data(
         load_photos(flickr, "train", _PHOTO_SIDE, limit),
         load_photos(flickr, "dev", _PHOTO_SIDE, limit),
@@ -145,11 +145,11 @@ def _finite(value: Tensor, what: str, step: int, stage: Stage) -> None:
 
 def measure(encoder: BatchEncoder, data: Data, recipe: Recipe, layout: str, quick: bool) -> dict[str, float]:
     """On held-out data; `quick`: one caption per photo, a fifth of the scenes."""
-    spec = recipe.model.tiles()
-    found = photo_recalls(encoder, data.held_out, layout, spec, captions=1 if quick else 5)
-    found |= scene_recalls(encoder, recipe.held_out_scenes // (5 if quick else 1), layout, spec)
+    embedder = RunEmbedder(encoder, layout, recipe.model.tiles())
+    found = photo_recalls(embedder, data.held_out, captions=1 if quick else 5)
+    found |= scene_recalls(embedder, recipe.held_out_scenes // (5 if quick else 1))
     if data.sts is not None:
-        found["sts_dev"] = sts_spearman(encoder, data.sts)
+        found["sts_dev"] = sts_spearman(embedder, data.sts)
     return found
 
 

@@ -1,70 +1,124 @@
-"""Held-out measurements cheap enough for the middle of a run: recall on photos and scenes, Spearman on STS pairs."""
+"""Held-out measurements cheap enough for the middle of a run, and by command for a finished model:
 
+    python -m e5v_search.training.measure e5v-tiny --data DIR --split test
+"""
+
+import argparse
 import csv
+import json
 import random
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from e5v_search.backbones.llava_next import LlavaNextEmbedder
 from e5v_search.backbones.tiles import TileSpec, cut
-from e5v_search.training.data import Photos
+from e5v_search.embedder import Picture
+from e5v_search.errors import E5VError
+from e5v_search.training.data import Photos, load_photos
 from e5v_search.training.encode import BatchEncoder
 from e5v_search.training.scenes import draw, random_change, random_scene
 
 _BATCH = 64
 
+T = TypeVar("T")
+
+
+class Embeds(Protocol):
+    """The part of `Embedder` that a measurement needs."""
+
+    def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray: ...
+    def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray: ...
+    def embed_composed(self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr") -> np.ndarray: ...
+
+
+class RunEmbedder:
+    """The model of a running training, in the layout ("base" or "full") that its stage trains."""
+
+    def __init__(self, encoder: BatchEncoder, layout: str, spec: TileSpec) -> None:
+        self.encoder, self.layout, self.spec = encoder, layout, spec
+
+    def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray:
+        return self._all(texts, lambda some: self.encoder.texts(some, prompts))
+
+    def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
+        return self._all(images, lambda some: self.encoder.pictures(self._features(some), prompts))
+
+    def embed_composed(self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr") -> np.ndarray:
+        def embed(some: Sequence[tuple[Picture, str]]) -> Tensor:
+            return self.encoder.composed(self._features([p for p, _ in some]), [text for _, text in some], prompts)
+
+        return self._all(pairs, embed)
+
+    @torch.inference_mode()
+    def _all(self, items: Sequence[T], embed: Callable[[Sequence[T]], Tensor]) -> np.ndarray:
+        rows = torch.cat([embed(items[i : i + _BATCH]) for i in range(0, len(items), _BATCH)])
+        out: np.ndarray = torch.nn.functional.normalize(rows, dim=-1).cpu().numpy()
+        return out
+
+    def _features(self, pictures: Sequence[Picture]) -> Tensor | list[Tensor]:
+        images = [p for p in pictures if isinstance(p, Image.Image)]
+        if self.layout == "full":
+            return self.encoder.full_features([cut(image, self.spec) for image in images])
+        side = (self.spec.tile, self.spec.tile)
+        small = [np.asarray(image.resize(side, self.spec.resample)).transpose(2, 0, 1) for image in images]
+        return self.encoder.base_features(torch.from_numpy(np.stack(small)))
+
 
 def recalls(
-    queries: Tensor, gallery: Tensor, right: Callable[[int], set[int]], ks: Sequence[int] = (1, 5, 10)
+    queries: np.ndarray, gallery: np.ndarray, right: Sequence[set[int]], ks: Sequence[int] = (1, 5, 10)
 ) -> dict[int, float]:
-    """Share of queries with a right item among the k best, for each k. Rows of both have length 1."""
-    best = (queries @ gallery.T).topk(min(max(ks), len(gallery)), dim=1).indices.tolist()
-    return {k: float(np.mean([bool(right(q).intersection(row[:k])) for q, row in enumerate(best)])) for k in ks}
+    """Share of queries with one of their right items among the k best, for each k. Rows of both have length 1."""
+    best = np.argsort(-(queries @ gallery.T), axis=1, kind="stable")[:, : max(ks)].tolist()
+    return {k: float(np.mean([bool(some.intersection(row[:k])) for some, row in zip(right, best, strict=True)])) for k in ks}
 
 
-@torch.inference_mode()
-def photo_recalls(encoder: BatchEncoder, photos: Photos, layout: str, spec: TileSpec, captions: int = 5) -> dict[str, float]:
+def photo_recalls(embedder: Embeds, photos: Photos, captions: int = 5) -> dict[str, float]:
     """Recall@1/5/10 between photos and their first `captions` captions, both ways (any-hit)."""
-    images = embed_pictures(encoder, [Image.fromarray(p.transpose(1, 2, 0)) for p in photos.pixels], layout, spec)
+    images = embedder.embed_images([Image.fromarray(p.transpose(1, 2, 0)) for p in photos.pixels])
     owner = [i for i, own in enumerate(photos.captions) for _ in own[:captions]]
-    texts = embed_texts(encoder, [caption for own in photos.captions for caption in own[:captions]])
-    to_image = recalls(texts, images, lambda q: {owner[q]})
-    to_text = recalls(images, texts, lambda q: {j for j, i in enumerate(owner) if i == q})
+    texts = embedder.embed_texts([caption for own in photos.captions for caption in own[:captions]])
+    own_texts: list[set[int]] = [set() for _ in range(len(photos))]
+    for text, photo in enumerate(owner):
+        own_texts[photo].add(text)
+    to_image = recalls(texts, images, [{photo} for photo in owner])
+    to_text = recalls(images, texts, own_texts)
     return {f"t2i_r{k}": v for k, v in to_image.items()} | {f"i2t_r{k}": v for k, v in to_text.items()}
 
 
-@torch.inference_mode()
-def scene_recalls(encoder: BatchEncoder, n: int, layout: str, spec: TileSpec, seed: str = "held out") -> dict[str, float]:
+def scene_recalls(embedder: Embeds, n: int, seed: str = "held out") -> dict[str, float]:
     """Recall@1 over n scenes and, for changes, over those scenes and their n changed ones."""
     rng = random.Random(seed)
     scenes = {scene.facts: scene for scene in (random_scene(rng) for _ in range(3 * n))}
     before = list(scenes.values())[:n]
     changes = [random_change(scene, rng) for scene in before]
-    after = [scene for _, scene in changes]
-    drawn = [draw(scene, rng) for scene in (*before, *after)]
-    pictures = embed_pictures(encoder, drawn, layout, spec, "cirr")
-    texts = embed_texts(encoder, [scene.caption(rng) for scene in before])
-    composed = embed_composed(encoder, drawn[:n], [text for text, _ in changes], layout, spec)
-    where: dict[object, set[int]] = {}
-    for i, scene in enumerate((*before, *after)):
-        where.setdefault(scene.facts, set()).add(i)
+    everything = [*before, *(after for _, after in changes)]
+    drawn = [draw(scene, rng) for scene in everything]
+    showing: dict[object, set[int]] = {}
+    for i, scene in enumerate(everything):
+        showing.setdefault(scene.facts, set()).add(i)
+    pictures = embedder.embed_images(drawn, "cirr")
+    texts = embedder.embed_texts([scene.caption(rng) for scene in before])
+    composed = embedder.embed_composed([(picture, text) for picture, (text, _) in zip(drawn[:n], changes, strict=True)])
     return {
-        "scene_t2i_r1": recalls(texts, pictures[:n], lambda q: {q}, (1,))[1],
-        "scene_composed_r1": recalls(composed, pictures, lambda q: where[after[q].facts], (1,))[1],
+        "scene_t2i_r1": recalls(texts, pictures[: len(before)], [{i} for i in range(len(before))], (1,))[1],
+        "scene_composed_r1": recalls(composed, pictures, [showing[after.facts] for _, after in changes], (1,))[1],
     }
 
 
-@torch.inference_mode()
-def sts_spearman(encoder: BatchEncoder, path: Path) -> float:
-    """Spearman correlation over a file of STS-B (score in column 5, sentences in 6 and 7)."""
+def sts_spearman(embedder: Embeds, path: Path) -> float:
+    """Spearman correlation over a file of STS-B (score in column 5, sentences in columns 6 and 7)."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if len(row) >= 7]
-    a, b = (embed_texts(encoder, [row[i] for row in rows], "sts") for i in (5, 6))
-    return float(np.corrcoef(_ranks((a * b).sum(dim=1).numpy()), _ranks(np.array([float(row[4]) for row in rows])))[0, 1])
+    a, b = (embedder.embed_texts([row[i] for row in rows], "sts") for i in (5, 6))
+    gold = np.array([float(row[4]) for row in rows])
+    return float(np.corrcoef(_ranks((a * b).sum(axis=1)), _ranks(gold))[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -74,33 +128,28 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return means
 
 
-def embed_texts(encoder: BatchEncoder, texts: Sequence[str], prompts: str = "retrieval") -> Tensor:
-    rows = [encoder.texts(texts[i : i + 256], prompts) for i in range(0, len(texts), 256)]
-    return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
+def sts_file(data: Path, split: str) -> Path:
+    return data / "sts_raw" / "STS" / "STSBenchmark" / f"sts-{split}.csv"
 
 
-def embed_pictures(
-    encoder: BatchEncoder, pictures: Sequence[Image.Image], layout: str, spec: TileSpec, prompts: str = "retrieval"
-) -> Tensor:
-    rows = [
-        encoder.pictures(_features(encoder, pictures[i : i + _BATCH], layout, spec), prompts)
-        for i in range(0, len(pictures), _BATCH)
-    ]
-    return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m e5v_search.training.measure", description="Measure a finished model.")
+    parser.add_argument("model", help="e5v-tiny, or a checkpoint folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder with flickr8k/ and sts_raw/")
+    parser.add_argument("--split", choices=("dev", "test"), default="dev")
+    parser.add_argument("--scenes", type=int, default=500)
+    arguments = parser.parse_args()
+    try:
+        embedder = LlavaNextEmbedder.load(arguments.model, device="cpu")
+        photos = load_photos(arguments.data / "flickr8k", arguments.split, 224)
+        found = photo_recalls(embedder, photos) | scene_recalls(embedder, arguments.scenes)
+        found["sts"] = sts_spearman(embedder, sts_file(arguments.data, arguments.split))
+    except E5VError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps({"model": arguments.model, "split": arguments.split, **found}, indent=2))
+    return 0
 
 
-def embed_composed(
-    encoder: BatchEncoder, pictures: Sequence[Image.Image], changes: Sequence[str], layout: str, spec: TileSpec
-) -> Tensor:
-    rows = [
-        encoder.composed(_features(encoder, pictures[i : i + _BATCH], layout, spec), changes[i : i + _BATCH])
-        for i in range(0, len(pictures), _BATCH)
-    ]
-    return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
-
-
-def _features(encoder: BatchEncoder, pictures: Sequence[Image.Image], layout: str, spec: TileSpec) -> Tensor | list[Tensor]:
-    if layout == "full":
-        return encoder.full_features([cut(picture, spec) for picture in pictures])
-    small = [np.asarray(p.resize((spec.tile, spec.tile), spec.resample)).transpose(2, 0, 1) for p in pictures]
-    return encoder.base_features(torch.from_numpy(np.stack(small)))
+if __name__ == "__main__":
+    sys.exit(main())
