@@ -19,6 +19,7 @@ from e5v_search.backbones.llava_next import LlavaNextEmbedder
 from e5v_search.errors import (
     CollectionBusy,
     CollectionNotFound,
+    CollectionReadOnly,
     DiskFull,
     FingerprintMismatch,
     QueryError,
@@ -173,6 +174,25 @@ def test_photo_that_breaks_later_keeps_its_last_good_item(c: Collection, photos:
     path.write_bytes(path.read_bytes()[:200])
     assert counts(c.ingest([photos])) == (0, 11, 0, 0, 1)
     assert str(path) in paths(c)
+
+
+def test_photo_without_a_finite_vector_fails_alone(c: Collection, photos: Path, loaded: LlavaNextEmbedder) -> None:
+    """What half precision does to some inputs must not end the run, nor take the batch with it."""
+
+    class Overflowing(Counting):
+        def embed_prepared(self, prepared: Sequence[Any], prompts: str = "retrieval") -> np.ndarray:
+            x = super().embed_prepared(prepared, prompts)
+            x[[p.size == size for p in prepared]] = np.nan
+            return x
+
+    with Image.open(photos / "a/04.jpg") as image:
+        size = (image.height, image.width)
+    shutil.copy(photos / "a/04.jpg", photos / "b/twin.jpg")
+    c._embedder = Overflowing(loaded)  # type: ignore[assignment]
+    report = c.ingest([photos])
+    assert {Path(f.path).name for f in report.failed} == {"04.jpg", "twin.jpg"}
+    assert "no finite vector" in report.failed[0].reason
+    assert report.added == 11
 
 
 def test_deleted_photo_leaves_the_results(c: Collection, photos: Path) -> None:
@@ -472,6 +492,25 @@ def test_status(c: Collection, photos: Path) -> None:
     assert list(status) == ["collection", "fingerprint", "items", "failed", "index", "bytes"]
     assert status["index"] == {"kind": "flat-fp16", "vectors": 12, "stale": False}
     assert status["bytes"] > 12 * 64 * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a disk needs root on Linux")
+def test_read_only_collection_can_be_searched_and_refuses_to_change(photos: Path, embedder: Counting, tmp_path: Path) -> None:
+    place = tmp_path / "collection"
+    with Collection.open(place, embedder) as c:  # type: ignore[arg-type]
+        c.ingest([photos])
+        expected = [hit.id for hit in c.search("a dog")]
+    if subprocess.run(["mount", "--bind", "-o", "ro", place, place], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not allow bind mounts")
+    try:
+        with Collection.open(place, embedder) as c:  # type: ignore[arg-type]
+            assert [hit.id for hit in c.search("a dog")] == expected
+            assert c.verify() == []
+            for change in (lambda: c.ingest([photos]), lambda: c.forget([photos]), c.rebuild):
+                with pytest.raises(CollectionReadOnly, match=str(place)):
+                    change()
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small disk needs root on Linux")

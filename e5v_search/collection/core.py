@@ -59,6 +59,8 @@ class Collection:
         self._choice = embedder if isinstance(embedder, ModelChoice) else None
         self._embedder = None if isinstance(embedder, ModelChoice) else embedder
         self._loading = threading.Lock()
+        # read now: the model may be loaded by a thread that must not touch the catalog
+        self._bound, self._made_by = catalog.fingerprint, catalog.model
         self._index: Index | None = None
         if self._embedder is not None:
             self._check_fingerprint(self._embedder)
@@ -121,17 +123,16 @@ class Collection:
 
     def _resolve(self, choice: ModelChoice) -> ModelChoice:
         """`auto` on a collection that has a model means that model."""
-        made_by = self.catalog.model
+        made_by = self._made_by
         if choice.name != "auto" or made_by is None:
             return choice
         return ModelChoice(made_by["name"], choice.device, choice.dtype, choice.quantize or made_by["quantize"])
 
     def _check_fingerprint(self, embedder: Embedder) -> None:
-        have = self.catalog.fingerprint
-        if have is not None and have != embedder.fingerprint and not self._allow_mismatch:
+        if self._bound not in (None, embedder.fingerprint) and not self._allow_mismatch:
             raise FingerprintMismatch(
-                f"collection {self.path} was made by {have}, but the model here is {embedder.fingerprint}: their vectors do "
-                "not compare. Leave --model away to use the collection's own, take another collection with -c, or, for a "
+                f"collection {self.path} was made by {self._bound}, but the model here is {embedder.fingerprint}: their "
+                "vectors do not compare. Leave --model away to use the collection's own, take another collection with -c, or, for a "
                 "search, insist with --allow-mismatch"
             )
 
@@ -200,7 +201,7 @@ class Collection:
 
     def _refuse_another_model(self) -> None:
         """A wrong --model is refused even when nothing needs embedding."""
-        made_by, choice = self.catalog.model, self._choice
+        made_by, choice = self._made_by, self._choice
         if made_by is None or choice is None or choice.name == "auto":
             return
         if (choice.name, choice.quantize) != (made_by["name"], made_by["quantize"]):

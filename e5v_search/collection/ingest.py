@@ -12,6 +12,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from e5v_search import media
 from e5v_search.backbones import Embedder
 from e5v_search.catalog import Catalog, FileRow, Put
@@ -127,7 +129,6 @@ class Ingest:
                 self._put(job, copy_from=twin)
             else:
                 self._twins[job.content_hash] = []
-                self._embedder()  # loaded here, as the threads that decode must not touch the catalog
                 yield job
             self._commit_if_due()
 
@@ -145,8 +146,7 @@ class Ingest:
             if job.problem is None:
                 ready.append(job)
             else:
-                for each in (job, *self._twins.pop(job.content_hash)):
-                    self._fail(each.found.path, job.problem)
+                self._fail_all(job, job.problem)
             if len(ready) >= self._batch:
                 self._embed_batch(ready)
                 ready = []
@@ -163,7 +163,10 @@ class Ingest:
         self._batch = min(max(int(rate * _BATCH_SECONDS), 1), 2 * self._batch, _MAX_BATCH)
         for job, vector in zip(jobs, vectors, strict=True):
             job.prepared = None
-            self._put(job, vector=vector)
+            if np.isfinite(vector).all():
+                self._put(job, vector=vector)
+            else:
+                self._fail_all(job, "the model gives no finite vector for it; try --dtype float32")
         self._commit_if_due()
         self._progress()
 
@@ -193,6 +196,11 @@ class Ingest:
 
     def _touch(self, row: FileRow, found: Found) -> None:
         self._touched.append(FileRow(row.path, row.item_id, found.size, found.mtime_ns, found.on_mount, row.content_hash))
+
+    def _fail_all(self, job: _Job, reason: str) -> None:
+        """A job and those that waited for its vector."""
+        for each in (job, *self._twins.pop(job.content_hash)):
+            self._fail(each.found.path, reason)
 
     def _fail(self, path: str, reason: str) -> None:
         failure = Failure(path, reason)
