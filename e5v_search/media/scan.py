@@ -1,5 +1,6 @@
 """Finding photos under folders, each once, and saying why a known one that was not found may still be there."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif"}
 )
 
+_LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _Id = tuple[int, int]  # (st_dev, st_ino)
 
 
@@ -56,6 +58,7 @@ class Scan:
         self._empty: set[str] = set()  # roots and linked folders without any entry
         self._explicit: set[str] = set()  # roots that are files
         self._linked: list[tuple[str, int]] = []  # links met on the way, with the device of their root
+        self._link_targets: set[str] = set()  # files that are taken by the name of a link
         self._states: dict[str, tuple[str | None, int]] = {}
 
     def __iter__(self) -> Iterator[Found]:
@@ -150,23 +153,21 @@ class Scan:
             for path, root_device in links:
                 try:
                     is_folder = stat.S_ISDIR(os.stat(path).st_mode)
-                except (FileNotFoundError, NotADirectoryError):
-                    if _has_photo_suffix(path):
-                        self.problems.append(Problem(path, "a link to a file that is not there"))
-                    continue
                 except OSError as error:
-                    self._cannot_enter(path, error)
+                    if error.errno not in _LEADS_NOWHERE:
+                        self._cannot_enter(path, error)
+                    elif _has_photo_suffix(path):
+                        self.problems.append(Problem(path, "a link to a file that is not there"))
                     continue
                 if is_folder:
                     yield from self._walk(path, root_device)
                 elif _has_photo_suffix(path):
                     to_files.append((path, root_device))
-        taken: set[str] = set()
         for path, root_device in to_files:
             target = os.path.realpath(path)
-            if target in taken or self._comes_across(target):
+            if self._comes_across(target):
                 continue
-            taken.add(target)
+            self._link_targets.add(target)
             try:
                 device = os.stat(os.path.dirname(target)).st_dev
                 found = self._file(path, os.stat(path), on_mount=device != root_device)
@@ -177,8 +178,8 @@ class Scan:
                 yield found
 
     def _comes_across(self, target: str) -> bool:
-        """Whether the scan takes the file `target` (a path without links) by another name than that of a link to it."""
-        if target in self._explicit:
+        """Whether the scan takes the file `target` (a path without links) by another name than that of the link in hand."""
+        if target in self._explicit or target in self._link_targets:
             return True
         folder, name = os.path.split(target)
         return not name.startswith(".") and _has_photo_suffix(name) and _identity(folder) in self._entered
@@ -271,8 +272,13 @@ class Scan:
 
 def shown(path: str | os.PathLike[str]) -> str:
     """`path` as one line of printable text, whatever bytes its name is made of."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() else _escaped(c) for c in os.fsdecode(path))
+
+
+def _escaped(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # a byte that is no UTF-8
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")
 
 
 def _has_photo_suffix(name: str) -> bool:
@@ -311,6 +317,4 @@ def _kind(mode: int) -> str:
         return "a pipe"
     if stat.S_ISSOCK(mode):
         return "a socket"
-    if stat.S_ISDIR(mode):
-        return "a folder"
     return "a device"

@@ -1,7 +1,7 @@
 """Small pictures of photos, made on first use: a cache that may be deleted at any time."""
 
 import os
-import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,12 +44,11 @@ def _is_whole(path: Path) -> bool:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    """Two processes may make the same thumbnail at once: each writes a file of its own, and either may win."""
+    """Several may make the same thumbnail at once: each writes a file of its own, and any may win."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, "JPEG", quality=85)
+        image.save(temporary, "JPEG", quality=85)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
