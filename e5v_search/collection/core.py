@@ -132,8 +132,8 @@ class Collection:
         if self._bound not in (None, embedder.fingerprint) and not self._allow_mismatch:
             raise FingerprintMismatch(
                 f"collection {self.path} was made by {self._bound}, but the model here is {embedder.fingerprint}: their "
-                "vectors do not compare. Leave --model away to use the collection's own, take another collection with -c, or, for a "
-                "search, insist with --allow-mismatch"
+                "vectors do not compare. Leave --model away to use the collection's own, take another collection with -c, "
+                "or, for a search, insist with --allow-mismatch"
             )
 
     # writing
