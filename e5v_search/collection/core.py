@@ -186,7 +186,7 @@ class Collection:
             def committed(puts: int) -> None:
                 nonlocal behind
                 behind += puts
-                if behind >= _SYNC_AFTER:
+                if behind >= _SYNC_AFTER or not self.index_path.exists():
                     self._sync()
                     behind = 0
 
@@ -397,7 +397,9 @@ class Collection:
         try:
             index = Index.load(self.index_path)
         except IndexDamaged as error:
-            return found if self.catalog.dim is None else [*found, f"index.faiss: {error}; mend it with: e5v-search rebuild"]
+            if any(self.catalog.count().values()):
+                found.append(f"index.faiss: {error}; mend it with: e5v-search rebuild")
+            return found
         if index.stamp != self._stamp():
             # what an interrupted run leaves: a search makes up for it, so it is no error
             index, _ = self._current_index()

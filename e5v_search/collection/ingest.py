@@ -157,6 +157,7 @@ class Ingest:
         embedder = self._embedder()
         if self.catalog.fingerprint is None:
             self.catalog.bind(embedder.fingerprint, embedder.dim, {"name": embedder.name, "quantize": embedder.quantize})
+            self._on_commit(0)  # the index is there before the first vector: missing later, it was lost
         start = time.monotonic()
         vectors = embedder.embed_prepared([job.prepared for job in jobs])
         rate = len(jobs) / max(time.monotonic() - start, 1e-6)
