@@ -30,8 +30,10 @@ def refused(code: int, *args: str | os.PathLike[str]) -> str:
 
 
 def start(*args: str | os.PathLike[str], **options: Any) -> "subprocess.Popen[bytes]":
+    """The command in a process of its own. Paths must be absolute: it starts in the project's root."""
     command = [sys.executable, "-m", "e5v_search", *(os.fspath(arg) for arg in args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, **(pipes | options))
 
 
 def write_photos(folder: Path, n: int, first: int = 0) -> list[Path]:
