@@ -30,6 +30,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def table(rows: int, d: int) -> nn.Embedding:
+    """An embedding table without torch's random values, which on the meta device cost the import of its compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, d), freeze=False)
+
+
 class VisionAttention(nn.Module):
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
@@ -71,7 +76,7 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
         self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False)
-        self.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, c.hidden_size)
+        self.position_embedding = table((c.image_size // c.patch_size) ** 2 + 1, c.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
@@ -188,7 +193,7 @@ class TextDecoder(nn.Module):
     def __init__(self, c: TextConfig) -> None:
         super().__init__()
         self.c = c
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = table(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(TextLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
