@@ -49,7 +49,8 @@ def throughput(paths: list[str], rounds: int, scratch: Path) -> dict[str, Any]:
     for i in range(rounds):
         bare.append(len(paths) / timed(lambda: embedder.embed_prepared(prepared)))
         ours.append(len(paths) / timed(lambda: index(scratch / f"round-{i}")))  # noqa: B023 - called at once
-        print(f"round {i + 1}: bare model {bare[-1]:.1f} photos/s, index {ours[-1]:.1f}, ratio {ours[-1] / bare[-1]:.3f}", flush=True)
+        ratio = ours[-1] / bare[-1]
+        print(f"round {i + 1}: bare model {bare[-1]:.1f} photos/s, index {ours[-1]:.1f}, ratio {ratio:.3f}", flush=True)
     ratios = [a / b for a, b in zip(ours, bare, strict=True)]
     return {
         "photos": len(paths),

@@ -136,7 +136,7 @@ def collection_path(name: str | os.PathLike[str]) -> Path:
     """A collection's folder: a name (no separator) lies in the data home, anything else is a path."""
     text = os.fspath(name)
     if not text.strip() or text in (".", ".."):
-        raise UsageError(f"{text!r} is no name for a collection; give a name, or a path with a separator such as ./{text or 'photos'}")
+        raise UsageError(f"{text!r} is no name for a collection; give a name, or a path with a separator such as ./photos")
     if os.sep in text or (os.altsep and os.altsep in text):
         return Path(text).expanduser().absolute()
     return data_home() / text

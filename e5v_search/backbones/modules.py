@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def table(rows: int, d: int) -> nn.Embedding:
     """An embedding table without torch's random values, which on the meta device cost the import of its compiler."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, d), freeze=False)
+    return nn.Embedding(rows, d, _weight=torch.empty(rows, d))
 
 
 class VisionAttention(nn.Module):
