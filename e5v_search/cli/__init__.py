@@ -4,6 +4,7 @@ Nothing but click and the standard library is imported before a command runs, so
 answer at once.
 """
 
+import io
 import os
 import signal
 import sys
@@ -37,8 +38,11 @@ class Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
+        except BrokenPipeError:
+            _discard_output()
+            ctx.exit(0)
         except KeyboardInterrupt as stop:
             self._leave(ctx, "; ".join(["stopped", *map(str, stop.args)]), STOPPED)
         except E5VError as error:
@@ -75,6 +79,11 @@ for _command in (index, search, status, verify, rebuild, forget, embed, models, 
     cli.add_command(_command)
 
 
+def _discard_output() -> None:
+    """The reader (head, less) has seen enough. Without this the interpreter would complain once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 class _Stop:
     """What Ctrl-C and SIGTERM do: end cleanly; for the impatient, at the third time at once (which loses seconds, not data)."""
 
@@ -98,13 +107,6 @@ def main() -> None:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, stop)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    try:
-        try:
-            cli.main(prog_name="e5v-search", standalone_mode=True)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # the reader (head, less) has seen enough; without this the interpreter complains once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(0)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # rather than fail over a name in a terminal without Unicode
+    cli.main(prog_name="e5v-search")

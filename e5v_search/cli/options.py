@@ -35,7 +35,7 @@ collection_option = click.option(
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but what went wrong.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no warnings, no summary.")
 
 
 def model_options(command: F) -> F:
