@@ -485,6 +485,21 @@ def test_forget_takes_items_out_and_leaves_files(c: Collection, photos: Path) ->
     assert c.forget([photos / "nowhere"]) == 0
 
 
+def test_thumbnails_are_kept_and_serve_while_the_photo_is_away(c: Collection, photos: Path) -> None:
+    c.ingest([photos])
+    hit = c.search("a dog", k=1)[0]
+    path = c.thumbnail(hit.id, 32)
+    assert path.is_relative_to(c.path / "thumbnails")
+    with Image.open(path) as image:
+        assert max(image.size) == 32
+    Path(hit.path or "").unlink()
+    assert c.thumbnail(hit.id, 32) == path
+    with pytest.raises(UnreadableFile):
+        c.thumbnail(hit.id, 64)
+    with pytest.raises(QueryError, match="item 999"):
+        c.thumbnail(999)
+
+
 def test_status(c: Collection, photos: Path) -> None:
     assert c.status()["items"] == {"image": 0, "text": 0, "rendered": 0}
     c.ingest([photos])

@@ -7,13 +7,14 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from e5v_search.collection import Failure, Hit
+    from e5v_search.collection import Collection, Failure, Hit
 
 # what could move the cursor, end the line, or turn the reading direction of what follows
 _ESCAPED = {"Cc", "Cs", "Zl", "Zp"}
@@ -114,9 +115,17 @@ def _write(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def save_sheet(hits: Sequence["Hit"], out: Path, title: str) -> None:
+def save_sheet(source: "Collection", hits: Sequence["Hit"], out: Path, title: str) -> None:
     """Draw the hits with their scores into the picture file `out`."""
+    from e5v_search.errors import MediaError
     from e5v_search.media import contact_sheet
 
-    pictures = [(hit.path, f"{hit.score:.3f}\n{printable(os.path.basename(hit.path))}") for hit in hits if hit.path is not None]
+    pictures = []
+    for hit in hits:
+        if hit.path is None:
+            continue
+        picture = Path(hit.path)
+        with suppress(MediaError):  # then the sheet shows a grey cell with the name
+            picture = source.thumbnail(hit.id)
+        pictures.append((picture, f"{hit.score:.3f}\n{printable(os.path.basename(hit.path))}"))
     contact_sheet(pictures, out, title)

@@ -87,6 +87,8 @@ def search(
     choice = ModelChoice(model, device, dtype, quantize)
     with Collection.open(collection, choice, create=False, allow_mismatch=allow_mismatch) as source:
         hits = source.search(query.text, image=query.image, modify=modify, k=k, threshold=threshold, prompts=prompts)
+        if sheet is not None:
+            save_sheet(source, hits, sheet, title=_title(query))
     if as_json:
         print_json(hits.to_json())
     elif as_csv:
@@ -98,7 +100,6 @@ def search(
     else:
         click.echo("nothing found" + ("" if threshold is None else f" with a score of {threshold:g} or more"), err=True)
     if sheet is not None:
-        save_sheet(hits, sheet, title=_title(query))
         click.echo(f"drawn: {printable(str(sheet))}", err=True)
 
 

@@ -377,6 +377,18 @@ class Collection:
         with suppress(CollectionError), self._writing():
             index.save(self.index_path)
 
+    def thumbnail(self, item_id: int, size: int = 512) -> Path:
+        """A small JPEG of a photo, at most `size` pixels wide and high, kept in the collection: it serves while the disk
+        with the photo is away. Raises QueryError for what is no photo, MediaError when it has to be read and cannot be.
+        """
+        item = self.catalog.items([item_id]).get(item_id)
+        if item is None or item.path is None:
+            raise QueryError(f"item {item_id} of {self.path} is no photo")
+        try:
+            return media.thumbnail(item.path, item.content_hash, self.path / "thumbnails", size)
+        except (CollectionReadOnly, DiskFull):
+            return Path(item.path)
+
     def status(self) -> dict[str, Any]:
         """What is in the collection, as `status --json` prints it."""
         counts = self.catalog.count()
