@@ -50,10 +50,10 @@ def faiss_problem() -> str | None:
     if len(present) > 1:
         return (
             f"{' and '.join(present)} are both installed and overwrite each other; mend it with: "
-            f"pip uninstall -y {' '.join(present)} && pip install 'e5v-search[cpu]'   (or [gpu] in place of [cpu])"
+            f"pip uninstall -y {' '.join(present)} && pip install faiss-cpu   (or faiss-gpu in its place)"
         )
     if util.find_spec("faiss") is None:
-        return "FAISS is not installed; mend it with: pip install 'e5v-search[cpu]'   (or [gpu] in place of [cpu])"
+        return "FAISS is not installed; mend it with: pip install faiss-cpu   (or faiss-gpu, for an NVIDIA GPU)"
     return None
 
 
