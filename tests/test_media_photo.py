@@ -367,8 +367,7 @@ def test_the_sample_photos_are_small_and_each_has_its_licence() -> None:
         re.findall(r"^\| `(.+?\.jpg)` \|.*(?:public domain|CC0) \|$", (folder / "LICENSES.md").read_text("utf-8"), re.MULTILINE)
     )
     samples = {path.name: path for path in folder.glob("*.*") if path.suffix != ".md"}
-    # pictures that the project renders itself need no licence of others
-    assert listed == {name for name in samples if not name.startswith("scene-")}
+    assert listed == {name for name in samples if not name.startswith("drawn-")}  # the project's own
     assert sum(path.stat().st_size for path in samples.values()) < 1_500_000
     for path in samples.values():
         assert max(media.read_photo(path).image.size) <= 640

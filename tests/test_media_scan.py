@@ -128,7 +128,7 @@ def test_folder_links_loops_and_overlaps_give_each_file_once(tmp_path: Path) -> 
 def test_file_links(tmp_path: Path) -> None:
     inside, outside = touch(tmp_path / "in/a.jpg"), touch(tmp_path / "out/b.jpg")
     object_ = touch(tmp_path / "in/.objects/c.jpg")
-    no_suffix = touch(tmp_path / "in/blob")
+    no_suffix, hidden = touch(tmp_path / "in/blob"), touch(tmp_path / "in/.hidden.jpg")
     for name, target in (
         ("1", inside),
         ("2", outside),
@@ -138,17 +138,18 @@ def test_file_links(tmp_path: Path) -> None:
         ("6", tmp_path / "in/2.jpg"),
     ):
         (tmp_path / f"in/{name}.jpg").symlink_to(target)
+    (tmp_path / "in/7.jpg").symlink_to(hidden)
     (tmp_path / "in/readme.txt").symlink_to(outside)
-    assert names(tmp_path, tmp_path / "in") == ["in/a.jpg", "in/2.jpg", "in/4.jpg", "in/5.jpg"]
-    assert names(tmp_path, tmp_path / "in", outside) == ["out/b.jpg", "in/a.jpg", "in/4.jpg", "in/5.jpg"]
+    assert names(tmp_path, tmp_path / "in") == ["in/a.jpg", "in/2.jpg", "in/4.jpg", "in/5.jpg", "in/7.jpg"]
+    assert names(tmp_path, tmp_path / "in", outside) == ["out/b.jpg", "in/a.jpg", "in/4.jpg", "in/5.jpg", "in/7.jpg"]
     # a link that another one stands for now is a duplicate; the others are what they were
     scan = Scan([tmp_path / "in"])
     list(scan)
     assert [scan.keep_reason(str(tmp_path / f"in/{n}.jpg"), False) for n in (1, 3, 6)] == [None, None, None]
     # through a linked folder as well
     (tmp_path / "in/link").symlink_to(tmp_path / "out")
-    assert names(tmp_path, tmp_path / "in") == ["in/a.jpg", "in/link/b.jpg", "in/4.jpg", "in/5.jpg"]
-    assert names(tmp_path, tmp_path / "in", outside) == ["out/b.jpg", "in/a.jpg", "in/4.jpg", "in/5.jpg"]
+    assert names(tmp_path, tmp_path / "in") == ["in/a.jpg", "in/link/b.jpg", "in/4.jpg", "in/5.jpg", "in/7.jpg"]
+    assert names(tmp_path, tmp_path / "in", outside) == ["out/b.jpg", "in/a.jpg", "in/4.jpg", "in/5.jpg", "in/7.jpg"]
 
 
 def test_broken_links(tmp_path: Path) -> None:
@@ -193,26 +194,27 @@ def test_pipes_sockets_and_devices_are_listed_and_never_opened(tmp_path: Path) -
 
 @pytest.mark.usefixtures("permissions_apply")
 def test_unreadable_folders_are_listed_and_nothing_in_them_forgotten(tmp_path: Path) -> None:
-    files = [touch(tmp_path / name) for name in ("ok.jpg", "shut/a.jpg", "shut/deep/b.jpg", "blind/c.jpg", "secret.jpg")]
-    (tmp_path / "secret.jpg").chmod(0)  # reading it is what fails, later
-    (tmp_path / "shut").chmod(0)
-    (tmp_path / "blind").chmod(0o600)  # may be listed, not entered
+    names = ("ok.jpg", "shut/a.jpg", "shut/deep/b.jpg", "blind/c.jpg", "drop/d.jpg", "secret.jpg")
+    files = [touch(tmp_path / name) for name in names]
+    (tmp_path / "drop/d.jpg").unlink()
+    # no right at all; may be listed, not entered; may be entered, not listed; may be found (reading it fails, later)
+    modes = {"shut": 0, "blind": 0o600, "drop": 0o300, "secret.jpg": 0}
+    for name, mode in modes.items():
+        (tmp_path / name).chmod(mode)
     try:
         scan = Scan([tmp_path])
         assert [os.path.basename(f.path) for f in scan] == ["ok.jpg", "secret.jpg"]
-        assert {os.path.basename(p.path): p.reason for p in scan.problems} == {
-            "shut": "permission denied",
-            "c.jpg": "permission denied",
-        }
-        for file in files[1:4]:
+        reasons = {os.path.basename(p.path): p.reason for p in scan.problems}
+        assert reasons == dict.fromkeys(["shut", "drop", "c.jpg"], "permission denied")
+        for file in files[1:5]:
             assert scan.keep_reason(str(file), False) is not None
         assert scan.keep_reason(str(tmp_path / "never.jpg"), False) is None
         root = Scan([tmp_path / "shut"])
         assert (list(root), root.missing, [p.path for p in root.problems]) == ([], [], [str(tmp_path / "shut")])
         assert root.keep_reason(str(files[1]), False) is not None
     finally:
-        (tmp_path / "shut").chmod(0o700)
-        (tmp_path / "blind").chmod(0o700)
+        for name in modes:
+            (tmp_path / name).chmod(0o700)
 
 
 def test_a_folder_that_goes_away_while_we_look(tmp_path: Path) -> None:
