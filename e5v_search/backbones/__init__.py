@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from e5v_search.embedder import Picture
+from e5v_search.embedder import Fingerprint, Picture
 
 
 class Embedder(ABC):
@@ -20,8 +20,13 @@ class Embedder(ABC):
 
     name: str
     dim: int
-    fingerprint: str
+    made_by: Fingerprint
     quantize: str | None
+
+    @property
+    def fingerprint(self) -> str:
+        """What a collection of this model's vectors is bound to."""
+        return str(self.made_by)
 
     @staticmethod
     def load(model: str = "auto", *, device: str = "auto", dtype: str = "auto", quantize: str | None = None) -> Embedder:

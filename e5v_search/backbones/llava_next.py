@@ -139,7 +139,7 @@ class LlavaNextEmbedder(Embedder):
         self.spec, self._mean, self._std = _preprocessing(source.folder, config)
         self.model: LlavaNext = checkpoint.load_model(source.folder, config, self.device, self.dtype, quantize)
         self.dim = config.text_config.hidden_size
-        self.fingerprint = str(Fingerprint(source.name, source.revision, weights=quantize or "float"))
+        self.made_by = Fingerprint(source.name, source.revision, weights=quantize or "float")
         self.batch_tokens = _BATCH_TOKENS[self.device.type]
 
     @classmethod

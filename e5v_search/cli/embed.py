@@ -83,6 +83,7 @@ def embed(
         with Progress("Embedding", "text" if job.kind == "text" else "photo", quiet) as progress:
             x = embed_rows(job, embedder, prompts, lambda done: progress.update(done, len(job.rows), len(job.failed)))
         save(x)
+    made_by = str(embedder.made_by.with_prompts(prompts))
     seconds = time.monotonic() - start
     for failure in job.failed:
         click.echo(f"{printable(failure.input)}: {printable(failure.reason)}", err=True)
@@ -92,7 +93,7 @@ def embed(
                 "out": str(out),
                 "rows": len(x),
                 "dim": embedder.dim,
-                "fingerprint": embedder.fingerprint,
+                "fingerprint": made_by,
                 "prompts": prompts,
                 "inputs": [row.input for row in job.rows],
                 "failed": [asdict(failure) for failure in job.failed],
@@ -101,7 +102,7 @@ def embed(
         )
     else:
         click.echo(f"{len(x):,} × {embedder.dim} float32 in {shown_path(str(out))} ({seconds:.1f} s)")
-        click.echo(f"made by {embedder.fingerprint}" + ("" if prompts == "retrieval" else f", prompts {prompts}"))
+        click.echo(f"made by {made_by}")
     if job.failed:
         ctx.exit(1)
 

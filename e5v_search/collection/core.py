@@ -321,7 +321,8 @@ class Collection:
                 if item is None or item_id in excluded or (threshold is not None and score < threshold):
                     continue
                 facts = (item.kind, item.path, item.text, item.width, item.height, item.taken_at)
-                hits.append(Hit(len(hits) + 1, item_id, score, *facts))
+                # stored rows are of length 1 but for the rounding of half precision
+                hits.append(Hit(len(hits) + 1, item_id, min(score, 1.0), *facts))
         return Hits(hits[:k], query.to_json(), self.catalog.fingerprint or "", watch.total())
 
     def _items_of(self, image: Picture | int) -> list[int]:

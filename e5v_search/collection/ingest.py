@@ -63,7 +63,7 @@ class Ingest:
         self._failing: set[str] = set()
         self._twins: dict[str, list[_Job]] = {}  # jobs whose content is being embedded for another path
         self._last_commit = time.monotonic()
-        self._batch = 8
+        self._batch = 1  # grows with the measured rate
 
     def run(self, roots: Sequence[str]) -> Report:
         start = time.monotonic()
@@ -135,9 +135,10 @@ class Ingest:
     def _decode(self, job: _Job) -> _Job:
         try:
             image, job.facts = media.decode(job.found.path)
-            job.prepared = self._embedder().prepare(image)
-        except (MediaError, MissingPackage) as error:
+        except (MediaError, MissingPackage) as error:  # a missing decoder is a matter of this file
             job.problem = str(error)
+        else:
+            job.prepared = self._embedder().prepare(image)
         return job
 
     def _embed(self, jobs: Iterator[_Job]) -> None:

@@ -1,6 +1,6 @@
 """Held-out measurements cheap enough for the middle of a run, and by command for a finished model:
 
-    python -m e5v_search.training.measure e5v-tiny --data DIR --split test
+python -m e5v_search.training.measure e5v-tiny --data DIR --split test
 """
 
 import argparse
