@@ -18,7 +18,7 @@ from e5v_search import media
 from e5v_search.backbones import Embedder
 from e5v_search.catalog import Catalog, FileRow, Put
 from e5v_search.collection.report import Failure, Report
-from e5v_search.errors import MediaError, MissingPackage
+from e5v_search.errors import MediaError
 from e5v_search.media import Facts, Found, Scan
 from e5v_search.parallel import ahead, windows
 
@@ -135,7 +135,7 @@ class Ingest:
     def _decode(self, job: _Job) -> _Job:
         try:
             image, job.facts = media.decode(job.found.path)
-        except (MediaError, MissingPackage) as error:  # a missing decoder is a matter of this file
+        except MediaError as error:
             job.problem = str(error)
         else:
             job.prepared = self._embedder().prepare(image)
