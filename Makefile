@@ -15,8 +15,8 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 EXTRA := $(if $(GPU),gpu,cpu)
 
 PHOTOS ?= e5v_search/samples
-QUERY ?= a cat
-CHANGE ?= make it black and white
+QUERY ?= two orange rings
+CHANGE ?= make it three
 DEMO := demo/photos
 
 .PHONY: demo test lint types check clean help
@@ -37,16 +37,20 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -e ".[$(EXTRA),dev]"
 	@touch $@
 
+# each command is shown as one would type it, then run
+define show
+	@printf '\n$$ e5v-search %s\n' '$(1)'
+	@$(E5V) $(1) || [ $$? -eq 1 ]  # 1: done, though some files could not be used
+endef
+
 demo: $(VENV)/installed
-	$(E5V) index "$(PHOTOS)" -c $(DEMO)
-	@echo; echo "--- photos that show: $(QUERY)"
-	$(E5V) search "$(QUERY)" -c $(DEMO) -k 5 --sheet demo/text.jpg
-	@echo; echo "--- photos like the best of these"
-	$(E5V) search --image "$$($(E5V) search "$(QUERY)" -c $(DEMO) -k 1 --paths)" -c $(DEMO) -k 5 --sheet demo/image.jpg
-	@echo; echo "--- that photo, but: $(CHANGE)"
-	$(E5V) search --image "$$($(E5V) search "$(QUERY)" -c $(DEMO) -k 1 --paths)" --modify "$(CHANGE)" -c $(DEMO) -k 5 --sheet demo/composed.jpg
-	@echo; echo "The same results as pictures: demo/text.jpg, demo/image.jpg, demo/composed.jpg"
-	@echo "Next: $(E5V) search \"what you are looking for\" -c $(DEMO), or $(E5V) --help"
+	$(call show,index "$(PHOTOS)" -c $(DEMO))
+	$(call show,search "$(QUERY)" -c $(DEMO) -k 5 --sheet demo/text.jpg)
+	@$(E5V) search "$(QUERY)" -c $(DEMO) -k 1 --paths > demo/best
+	$(call show,search --image "$(or $(IMAGE),$$(cat demo/best))" -c $(DEMO) -k 5 --sheet demo/image.jpg)
+	$(call show,search --image "$(or $(IMAGE),$$(cat demo/best))" --modify "$(CHANGE)" -c $(DEMO) -k 5 --sheet demo/composed.jpg)
+	@printf '\nThe same results as pictures: demo/text.jpg, demo/image.jpg, demo/composed.jpg\n'
+	@printf 'Ask for something else: $(E5V) search "what you are looking for" -c $(DEMO)\n'
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,61 @@
+"""The engine on a CUDA device against itself on the processor. Skipped, saying so, where there is none."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import replica
+import torch
+from PIL import Image
+
+from e5v_search.backbones import Embedder
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SIZES = [(56, 56), (100, 100), (333, 500), (500, 333), (1, 1), (1, 5000), (120, 40)]
+PICTURES = [Image.fromarray(np.random.default_rng(h * 31 + w).integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in SIZES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(replica.build(tmp_path_factory.mktemp("replica"))[0])
+
+
+@pytest.fixture(scope="module")
+def truth(folder: str) -> np.ndarray:
+    embedder = Embedder.load(folder, device="cpu", dtype="float32")
+    return np.concatenate((embedder.embed_images(PICTURES), embedder.embed_texts(replica.SENTENCES)))
+
+
+@pytest.mark.parametrize(("options", "cosine"), [
+    ({"dtype": "float32"}, 0.9999),
+    ({"dtype": "float16"}, 0.999),
+    ({"dtype": "bfloat16"}, 0.99),
+    ({"dtype": "bfloat16", "quantize": "8bit"}, 0.95),
+    ({"dtype": "bfloat16", "quantize": "4bit"}, 0.8),
+])  # fmt: skip
+def test_equals_the_processor(folder: str, truth: np.ndarray, options: dict[str, str], cosine: float) -> None:
+    embedder = Embedder.load(folder, device="cuda", **options)  # type: ignore[arg-type]
+    x = np.concatenate((embedder.embed_images(PICTURES), embedder.embed_texts(replica.SENTENCES)))
+    assert (x * truth).sum(axis=1).min() > cosine
+
+
+def test_memory_does_not_grow(folder: str) -> None:
+    embedder = Embedder.load(folder, device="cuda")
+    embedder.embed_images(PICTURES)
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        embedder.embed_images(PICTURES)
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_device_that_is_full_halves_the_batch(folder: str, tmp_path: Path) -> None:
+    embedder = Embedder.load(folder, device="cuda", dtype="float32")
+    expected = embedder.embed_texts(["word " * 150] * 64)
+    free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(max(free - 24 * 2**20, 0), dtype=torch.uint8, device="cuda")
+    try:
+        x = embedder.embed_texts(["word " * 150] * 64)
+    finally:
+        del ballast
+    assert (x * expected).sum(axis=1).min() > 0.9999
