@@ -17,7 +17,7 @@ EXTRA := $(if $(GPU),gpu,cpu)
 PHOTOS ?= e5v_search/samples
 QUERY ?= two orange rings
 CHANGE ?= make it three
-DEMO := demo/photos
+DEMO := demo/$(if $(filter e5v_search/samples,$(PHOTOS)),samples,photos)
 
 .PHONY: demo test lint types check clean help
 
