@@ -11,7 +11,7 @@ from e5v_search.backbones.llava_next import LlavaNextEmbedder
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.config import load_recipe, parse
 from e5v_search.errors import IncompleteCheckpoint, ModelError, UsageError
-from e5v_search.training import state
+from e5v_search.training import loop, state
 from e5v_search.training.batches import Batches, caption_words
 from e5v_search.training.data import Photos
 from e5v_search.training.encode import BatchEncoder, last_states
@@ -31,7 +31,7 @@ def tiny_recipe(**changes: object) -> Recipe:
     stage = {"steps": 2, "photos": 4, "scenes": 2, "triplets": 2, "weights": weights}
     data: dict[str, object] = {
         "name": "tiny",
-        "save_every": 1,
+        "save_every": 2,
         "evaluate_every": 100,
         "held_out_scenes": 10,
         "model": {
@@ -106,18 +106,18 @@ def test_a_run_trains_resumes_and_gives_a_checkpoint(tmp_path: Path, data: Data,
     recipe = tiny_recipe()
     folder = train(recipe, data, whole, quiet)
 
-    saved = state.save_state
+    def stop(*arguments: object) -> dict[str, torch.Tensor]:
+        if arguments[4] == 3:  # the step
+            raise KeyboardInterrupt
+        return one_step(*arguments)  # type: ignore[arg-type]
 
-    def save_then_stop(*arguments: object) -> None:
-        saved(*arguments)  # type: ignore[arg-type]
-        raise KeyboardInterrupt
-
-    # stopped right after each save, as a kill between two steps would
-    monkeypatch.setattr("e5v_search.training.loop.save_state", save_then_stop)
-    for _ in range(recipe.steps):
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, data, parted, quiet)
+    # stopped one step after the last save, which is then done again
+    one_step = loop._step
+    monkeypatch.setattr(loop, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, data, parted, quiet)
     monkeypatch.undo()
+    assert [line["step"] for line in logged(parted)] == [0, 1, 2]
     train(recipe, data, parted, quiet)
     assert logged(parted) == logged(whole)
     assert len(logged(whole)) == recipe.steps

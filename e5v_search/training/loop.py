@@ -77,7 +77,7 @@ def train(recipe: Recipe, data: Data, out: Path, say: Callable[[str], None]) -> 
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{parameters:,} parameters, {len(data.photos):,} photos, steps {first} to {recipe.steps}")
 
-    log = Log(out / "log.jsonl", recipe.steps, say)
+    log = Log(out / "log.jsonl", first, recipe.steps, say)
     # one thread draws and crops the next batches while the model works on this one
     for step, batch in enumerate(ahead(batches.make, range(first, recipe.steps), workers=1, depth=3), first):
         rate = recipe.rate_at(step)
@@ -154,9 +154,15 @@ def measure(encoder: BatchEncoder, data: Data, recipe: Recipe, layout: str, quic
 
 
 class Log:
-    """One JSON object per step and per measurement, appended; a line a person can follow now and then."""
+    """One JSON object per step and per measurement, appended; a line a person can follow now and then.
 
-    def __init__(self, path: Path, steps: int, say: Callable[[str], None]) -> None:
+    Lines of steps from `first` on, done after the last save and now repeated, are dropped.
+    """
+
+    def __init__(self, path: Path, first: int, steps: int, say: Callable[[str], None]) -> None:
+        old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in old if (entry := json.loads(line))["step"] < first + ("measured" in entry)]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.path, self.steps, self.say = path, steps, say
         self.started = self.last = time.monotonic()
         self.done = 0
