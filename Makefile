@@ -14,10 +14,19 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu)
 EXTRA := $(if $(GPU),gpu,cpu)
 
-PHOTOS ?= e5v_search/samples
-QUERY ?= two orange rings
-CHANGE ?= make it three
-DEMO := demo/$(if $(filter e5v_search/samples,$(PHOTOS)),samples,photos)
+SAMPLES := e5v_search/samples
+PHOTOS ?= $(SAMPLES)
+ifeq ($(PHOTOS),$(SAMPLES))
+DEMO := demo/samples
+QUERY ?= a cat
+REFERENCE ?= $(SAMPLES)/drawn-two-orange-rings.png
+CHANGE ?= show three instead
+else
+DEMO := demo/photos
+QUERY ?= a dog
+REFERENCE ?= $$(cat demo/best)
+CHANGE ?= in the snow
+endif
 
 .PHONY: demo test lint types check clean help
 
@@ -47,8 +56,8 @@ demo: $(VENV)/installed
 	$(call show,index "$(PHOTOS)" -c $(DEMO))
 	$(call show,search "$(QUERY)" -c $(DEMO) -k 5 --sheet demo/text.jpg)
 	@$(E5V) search "$(QUERY)" -c $(DEMO) -k 1 --paths > demo/best
-	$(call show,search --image "$(or $(IMAGE),$$(cat demo/best))" -c $(DEMO) -k 5 --sheet demo/image.jpg)
-	$(call show,search --image "$(or $(IMAGE),$$(cat demo/best))" --modify "$(CHANGE)" -c $(DEMO) -k 5 --sheet demo/composed.jpg)
+	$(call show,search --image "$$(cat demo/best)" -c $(DEMO) -k 5 --sheet demo/image.jpg)
+	$(call show,search --image "$(REFERENCE)" --modify "$(CHANGE)" -c $(DEMO) -k 5 --sheet demo/composed.jpg)
 	@printf '\nThe same results as pictures: demo/text.jpg, demo/image.jpg, demo/composed.jpg\n'
 	@printf 'Ask for something else: $(E5V) search "what you are looking for" -c $(DEMO)\n'
 
