@@ -210,9 +210,8 @@ def test_long_sentences_are_cut_before_the_prompt(encoder: BatchEncoder) -> None
 
 
 def test_recalls_count_any_right_answer() -> None:
-    gallery = np.eye(4)
-    queries = np.array([[1.0, 0.5, 0, 0], [0.2, 0.9, 0.1, 0], [0.9, 0.5, 0.4, 0.3]])
-    assert recalls(queries, gallery, [{1}, {1}, {0, 3}], (1, 2)) == {1: pytest.approx(2 / 3), 2: 1.0}
+    scores = np.array([[1.0, 0.5, 0, 0], [0.2, 0.9, 0.1, 0], [0.9, 0.5, 0.4, 0.3]])
+    assert recalls(scores, [{1}, {1}, {0, 3}], (1, 2)) == {1: pytest.approx(2 / 3), 2: 1.0}
 
 
 def test_spearman_is_of_ranks_with_ties_at_their_mean(tmp_path: Path) -> None:
