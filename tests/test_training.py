@@ -118,6 +118,8 @@ def test_a_run_trains_resumes_and_gives_a_checkpoint(tmp_path: Path, data: Data,
         train(recipe, data, parted, quiet)
     monkeypatch.undo()
     assert [line["step"] for line in logged(parted)] == [0, 1, 2]
+    with (parted / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "sta')
     train(recipe, data, parted, quiet)
     assert logged(parted) == logged(whole)
     assert len(logged(whole)) == recipe.steps

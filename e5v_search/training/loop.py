@@ -161,8 +161,7 @@ class Log:
 
     def __init__(self, path: Path, first: int, steps: int, say: Callable[[str], None]) -> None:
         old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in old if (entry := json.loads(line))["step"] < first + ("measured" in entry)]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        path.write_text("".join(f"{line}\n" for line in old if _before(line, first)), encoding="utf-8")
         self.path, self.steps, self.say = path, steps, say
         self.started = self.last = time.monotonic()
         self.done = 0
@@ -187,3 +186,12 @@ class Log:
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _before(line: str, first: int) -> bool:
+    """Whether a line of the log tells of what was done before step `first`; a line that a kill cut short does not."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return bool(entry["step"] < first + ("measured" in entry))
