@@ -1,12 +1,12 @@
 """What `index` costs beyond the model, and how fast everything is that needs no model.
 
-    python benchmarks/ingest.py PHOTOS [--sample 500] [--rounds 3] [--name ingest]
+    python benchmarks/ingest.py throughput PHOTOS [--sample 300] [--rounds 6]
+    python benchmarks/ingest.py whole PHOTOS
 
-Prints, and writes to benchmarks/results/NAME.json:
-- photos/s of an index run against the bare model on tensors already in memory: the same process, photos and threads,
-  in turns, as the machine may be busy with other things;
-- an index of all of PHOTOS in a process of its own: seconds, peak memory; then the same again with nothing changed;
-- seconds of `e5v-search --help`, and of a text search in a fresh process, with the milliseconds that are the search's own.
+`throughput`: photos/s of an index run against the bare model on tensors already in memory: the same process, photos and
+threads, in turns, as the machine may be busy with other things. `whole`: an index of all of PHOTOS in a process of its
+own, seconds and peak memory; the same again with nothing changed; seconds of `e5v-search --help`, and of a text search in
+a fresh process, with the milliseconds that are the search's own. Written to benchmarks/results/ingest-PART.json.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def timed(run: Callable[[], Any]) -> float:
 def throughput(paths: list[str], rounds: int, scratch: Path) -> dict[str, Any]:
     embedder = Embedder.load("e5v-tiny")
     prepared = [embedder.prepare(media.decode(path)[0]) for path in paths]
-    embedder.embed_prepared(prepared[:32])  # the first call pays for threads and caches
+    embedder.embed_prepared(prepared)  # the first calls pay for threads and caches
 
     def index(place: Path) -> None:
         with Collection.open(place, embedder) as c:
@@ -102,19 +102,18 @@ def whole(photos: str, scratch: Path, repeat: int = 5) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["throughput", "whole"])
     parser.add_argument("photos")
-    parser.add_argument("--sample", type=int, default=500, help="photos of the comparison with the bare model")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--name", default="ingest")
+    parser.add_argument("--sample", type=int, default=300, help="photos of the comparison with the bare model")
+    parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        paths = [found.path for found in islice(media.Scan([args.photos]), args.sample)]
-        result = {
-            "command": f"python benchmarks/ingest.py PHOTOS --sample {args.sample} --rounds {args.rounds}",
-            "throughput": throughput(paths, args.rounds, Path(scratch)),
-            "whole": whole(args.photos, Path(scratch)),
-        }
-        print(save(args.name, result))
+        if args.part == "whole":
+            result = whole(args.photos, Path(scratch))
+        else:
+            paths = [found.path for found in islice(media.Scan([args.photos]), args.sample)]
+            result = throughput(paths, args.rounds, Path(scratch))
+    print(save(f"ingest-{args.part}", {"command": f"python benchmarks/ingest.py {args.part} PHOTOS"} | result))
 
 
 if __name__ == "__main__":
