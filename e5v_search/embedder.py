@@ -1,5 +1,6 @@
 """What the rest of the program asks of a model. Knows no torch."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,23 +35,33 @@ class Fingerprint:
 
 
 class Embedder(Protocol):
-    """One model. Embeddings are float32 arrays (n, dim) whose rows have length 1."""
+    """One model. Embeddings are float32 arrays (n, dim) whose rows have length 1.
+
+    `name` is what was asked for and `quantize` how the weights are held: together they load the model again.
+    """
+
+    name: str
+    dim: int
+    quantize: str | None
+    made_by: Fingerprint
 
     @property
-    def name(self) -> str: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """What a collection of this model's vectors is bound to."""
+        return str(self.made_by)
 
+    @abstractmethod
     def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray: ...
+
+    @abstractmethod
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray: ...
+
+    @abstractmethod
     def embed_composed(self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr") -> np.ndarray: ...
 
+    @abstractmethod
     def prepare(self, image: Image.Image) -> Any:
-        """The part of an image's work that needs no device: called from many threads, ahead of the model.
+        """The part of an upright RGB picture's work that needs no device: called from many threads, ahead of the model."""
 
-        Takes an upright RGB picture; gives a value of the embedder's own with an attribute `nbytes`.
-        """
-
+    @abstractmethod
     def embed_prepared(self, prepared: Sequence[Any], prompts: str = "retrieval") -> np.ndarray: ...

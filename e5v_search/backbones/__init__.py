@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-from PIL import Image
-
-from e5v_search.embedder import Fingerprint, Picture
+from e5v_search import embedder
 
 
-class Embedder(ABC):
-    """A loaded model. Embeddings are float32 arrays (n, dim) whose rows have length 1.
-
-    `name` is what `load` was asked for, `quantize` how its weights are held: together they load it again.
-    """
-
-    name: str
-    dim: int
-    made_by: Fingerprint
-    quantize: str | None
-
-    @property
-    def fingerprint(self) -> str:
-        """What a collection of this model's vectors is bound to."""
-        return str(self.made_by)
+class Embedder(embedder.Embedder):
+    """A model that runs here."""
 
     @staticmethod
     def load(model: str = "auto", *, device: str = "auto", dtype: str = "auto", quantize: str | None = None) -> Embedder:
@@ -38,18 +18,3 @@ class Embedder(ABC):
         from e5v_search.backbones.llava_next import LlavaNextEmbedder
 
         return LlavaNextEmbedder.load(model, device=device, dtype=dtype, quantize=quantize)
-
-    @abstractmethod
-    def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray: ...
-
-    @abstractmethod
-    def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray: ...
-
-    @abstractmethod
-    def embed_composed(self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr") -> np.ndarray: ...
-
-    @abstractmethod
-    def prepare(self, image: Image.Image) -> Any: ...
-
-    @abstractmethod
-    def embed_prepared(self, prepared: Sequence[Any], prompts: str = "retrieval") -> np.ndarray: ...

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from e5v_search import media
-from e5v_search.backbones import Embedder
+from e5v_search import backbones, media
 from e5v_search.catalog import Catalog
 from e5v_search.collection.ingest import Ingest
 from e5v_search.collection.report import Hit, Hits, Report, Stopwatch
 from e5v_search.config import collection_path
-from e5v_search.embedder import Picture
+from e5v_search.embedder import Embedder, Picture
 from e5v_search.errors import (
     CollectionBusy,
     CollectionError,
@@ -46,7 +45,7 @@ class ModelChoice:
     quantize: str | None = None
 
     def load(self) -> Embedder:
-        return Embedder.load(self.name, device=self.device, dtype=self.dtype, quantize=self.quantize)
+        return backbones.Embedder.load(self.name, device=self.device, dtype=self.dtype, quantize=self.quantize)
 
 
 class Collection:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from e5v_search import media
-from e5v_search.backbones import Embedder
 from e5v_search.catalog import Catalog, FileRow, Put
 from e5v_search.collection.report import Failure, Report
+from e5v_search.embedder import Embedder
 from e5v_search.errors import MediaError
 from e5v_search.media import Facts, Found, Scan
 from e5v_search.parallel import ahead, windows
