@@ -59,7 +59,7 @@ def stopped(process: "subprocess.Popen[bytes]", signum: int) -> int:
     assert process.returncode == 130
     assert stdout == ""
     assert len(lines) == 1, lines
-    said = re.fullmatch(r"stopped; (\d+) photos are kept in .*, and the same command goes on from there", lines[0])
+    said = re.fullmatch(r"stopped; (\d+) photos? kept in .*, and the same command goes on from there", lines[0])
     assert said, lines
     return int(said[1])
 

@@ -103,10 +103,14 @@ class _Stop:
 def main() -> None:
     """Run the command line on sys.argv; ends the process."""
     stop = _Stop()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, stop)
+    heeded = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+    for signum in heeded:
+        signal.signal(signum, stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # rather than fail over a name in a terminal without Unicode
-    cli.main(prog_name="e5v-search")
+    try:
+        cli.main(prog_name="e5v-search")
+    finally:
+        for signum in heeded:  # all is done: a late signal must not turn the exit code into its own
+            signal.signal(signum, signal.SIG_IGN)

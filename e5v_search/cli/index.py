@@ -59,7 +59,7 @@ def index(
                 report = target.ingest(roots, on_progress=show)
             except KeyboardInterrupt:
                 kept = count(target.catalog.count()["image"], "photo")
-                raise KeyboardInterrupt(f"{kept} are kept in {target.path}, and the same command goes on from there") from None
+                raise KeyboardInterrupt(f"{kept} kept in {target.path}, and the same command goes on from there") from None
         place = target.path
     if not quiet:
         for line in report.warnings:
