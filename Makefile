@@ -35,15 +35,15 @@ help:
 
 # On a machine without a GPU the CPU build of torch is tried first: the plain wheel brings gigabytes of CUDA.
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "e5v-search needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "e5v-search needs Python 3.11 or newer: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), which takes a minute or two …"
-	$(if $(GPU),,$(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || )$(PIP) "torch==$(TORCH)"
-	$(PIP) -e ".[$(EXTRA)]"
+	@$(if $(GPU),,$(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || )$(PIP) "torch==$(TORCH)"
+	@$(PIP) -e ".[$(EXTRA)]"
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) -e ".[$(EXTRA),dev]"
+	@$(PIP) -e ".[$(EXTRA),dev]"
 	@touch $@
 
 # each command is shown as one would type it, then run
