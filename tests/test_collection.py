@@ -308,6 +308,15 @@ def test_every_image_is_its_own_best_match(c: Collection, photos: Path, loaded: 
         assert c.search(image=hit.id, k=1)[0].id == hit.id
 
 
+def test_a_picture_comes_before_its_copies(c: Collection, photos: Path) -> None:
+    copies = [Path(shutil.copy(photos / "a/02.jpg", photos / f"a/copy{i}.jpg")) for i in range(15)]
+    c.ingest([photos])
+    for path in (photos / "a/02.jpg", copies[7], copies[14]):
+        first = c.search(image=path, k=1)[0]
+        assert first.path == str(path)
+        assert c.search(image=first.id, k=3)[0].id == first.id
+
+
 def test_composed_search_is_the_cirr_prompt_and_leaves_its_reference_out(
     c: Collection, photos: Path, loaded: LlavaNextEmbedder
 ) -> None:

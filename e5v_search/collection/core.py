@@ -312,10 +312,14 @@ class Collection:
         with watch.phase("search"):
             excluded = set(reference) if query.composed else set()
             # a few more than asked: an item may be forgotten by another process between index and catalog
-            D, ids = index.search(xq[None], k + len(excluded) + 8)
-            items = self.catalog.items([int(i) for i in ids[0] if i >= 0])
+            D, ids = index.search(xq[None], k + len(reference) + 8)
+            items = self.catalog.items(ids[0].tolist())
+            # among equals, as copies of a photo are, the picture that was asked about comes first
+            found = sorted(
+                zip(D[0].tolist(), ids[0].tolist(), strict=True), key=lambda hit: (-hit[0], hit[1] not in reference[:1])
+            )
             hits: list[Hit] = []
-            for score, item_id in zip(D[0].tolist(), ids[0].tolist(), strict=True):
+            for score, item_id in found:
                 item = items.get(item_id)
                 if item is None or item_id in excluded or (threshold is not None and score < threshold):
                     continue
@@ -325,19 +329,21 @@ class Collection:
         return Hits(hits[:k], query.to_json(), self.catalog.fingerprint or "", watch.total())
 
     def _items_of(self, image: Picture | int) -> list[int]:
-        """Ids of the items that show this very picture: the id itself, or those with the same content."""
+        """Ids of the items with the content of this picture, the very item or file that was named first."""
         if isinstance(image, int):
-            if image not in self.catalog.items([image]):
+            item = self.catalog.items([image]).get(image)
+            if item is None:
                 raise QueryError(f"collection {self.path} has no item {image}; ids are shown by search --json")
-            content_hash = self.catalog.items([image])[image].content_hash
+            content_hash = item.content_hash
         elif isinstance(image, str | os.PathLike):
             try:
                 content_hash = media.content_hash(image)
             except MediaError as error:
                 raise type(error)(f"{media.shown(image)}: {error}") from error
+            item = self.catalog.item_by_path(os.path.realpath(image))
         else:
             return []
-        return self.catalog.ids_of_content(content_hash)
+        return sorted(self.catalog.ids_of_content(content_hash), key=lambda i: item is None or i != item.id)
 
     def _stored_vector(self, query: Query, reference: list[int]) -> np.ndarray | None:
         """A picture that the collection holds need not be embedded again to be searched by."""
