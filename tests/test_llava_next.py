@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from e5v_search.backbones import Embedder
 from e5v_search.backbones.llava_next import LlavaNextEmbedder
+from e5v_search.backbones.registry import E5V, KNOWN
 from e5v_search.errors import IncompleteCheckpoint, ModelError, NotAPicture, OutOfMemory, TextTooLong, UnknownModel, UsageError
 from e5v_search.prompts import LLAMA3_CHAT, MISTRAL_CHAT, PROMPT_SETS
 
@@ -284,6 +285,34 @@ def test_hub_id_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match=r"royokong/e5-v is not on this machine .* give its folder, or use --model e5v-tiny"):
         Embedder.load("royokong/e5-v")
+
+
+@pytest.fixture
+def hub(folders: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache of the model hub that holds the pinned commit of the published model; no network. -> that snapshot"""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    revision = KNOWN[E5V].revision
+    return Path(shutil.copytree(folders["llama"][0], tmp_path / f"models--royokong--e5-v/snapshots/{revision}"))
+
+
+def test_hub_id_is_loaded_from_the_cache_at_its_pinned_commit(hub: Path, ours: LlavaNextEmbedder) -> None:
+    embedder = Embedder.load(E5V, device="cpu", dtype="float32")
+    assert (embedder.name, embedder.made_by.revision) == (E5V, hub.name)
+    assert embedder.fingerprint == f"{E5V}@{hub.name[:12]}/retrieval/pil/auto/float"
+    np.testing.assert_array_equal(embedder.embed_texts(replica.SENTENCES), ours.embed_texts(replica.SENTENCES))
+    asked = Embedder.load(f"{E5V}@{hub.name}", device="cpu", dtype="float32")
+    assert asked.fingerprint == embedder.fingerprint
+
+
+def test_hub_id_half_fetched_or_at_another_commit_is_said(hub: Path) -> None:
+    with pytest.raises(ModelError, match=r"is not on this machine and could not be fetched"):
+        Embedder.load(f"{E5V}@{'f' * 40}")
+    (hub / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model-00002-of-00002|could not be fetched"):
+        Embedder.load(E5V)
 
 
 @pytest.mark.parametrize(("option", "value"), [("dtype", "float8"), ("quantize", "2bit")])

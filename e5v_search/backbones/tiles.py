@@ -37,10 +37,6 @@ class Tiles:
     size: Size
     grid: Size  # (rows, cols) of tiles
 
-    @property
-    def nbytes(self) -> int:
-        return self.pixels.nbytes
-
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
     """The pinpoint that keeps most of the picture's pixels; of equals the one that wastes least, then the first."""
