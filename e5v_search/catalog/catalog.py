@@ -16,7 +16,7 @@ from e5v_search.catalog import connection, writing
 from e5v_search.catalog.checks import problems
 from e5v_search.catalog.connection import damaged, guarded, now, to_sql, transaction
 from e5v_search.catalog.migrations import migrate, newest, schema_version
-from e5v_search.catalog.records import KINDS, FileRow, Item, Put
+from e5v_search.catalog.records import KINDS, VIEW, FileRow, Item, Put
 from e5v_search.errors import (
     CatalogDamaged,
     CollectionError,
@@ -149,6 +149,20 @@ class Catalog:
             model: dict[str, Any] | None = None if value is None else json.loads(value)
             return model
 
+    @property
+    def views(self) -> list[str]:
+        """The prompt sets under which items have vectors, VIEW first."""
+        value = self._meta("views")
+        with guarded(self.path):
+            views: list[str] = [VIEW] if value is None else json.loads(value)
+            return views
+
+    def add_views(self, views: Iterable[str]) -> None:
+        """From now on every item is to have a vector in these views too."""
+        with guarded(self.path), transaction(self._db):
+            value = json.dumps(list(dict.fromkeys([*self.views, *views])))
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('views', ?)", (value,))
+
     def bind(self, fingerprint: str, dim: int, model: dict[str, Any]) -> None:
         """Bind the catalog to what makes its vectors, once for all. Raises FingerprintMismatch if it is bound to another."""
         with guarded(self.path), transaction(self._db):
@@ -254,7 +268,7 @@ class Catalog:
     # vectors
 
     def vectors(
-        self, after: int = 0, ids: Sequence[int] | np.ndarray | None = None, view: str = writing.VIEW
+        self, after: int = 0, ids: Sequence[int] | np.ndarray | None = None, view: str = VIEW
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Blocks (ids int64 (n,), x float16 (n, dim)) of the vectors written by states later than `after`; n <= BLOCK.
 

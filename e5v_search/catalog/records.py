@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 KINDS = ("image", "text", "rendered")
+VIEW = "retrieval"  # the view in which every item has a vector
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,9 @@ import numpy as np
 from sqlite_utils import Database
 
 from e5v_search.catalog.connection import now, to_sql
-from e5v_search.catalog.records import FileRow, Put
+from e5v_search.catalog.records import VIEW, FileRow, Put
 from e5v_search.errors import CollectionError
 
-VIEW = "retrieval"
 _FACTS = ("text", "width", "height", "taken_at", "lat", "lon", "camera", "format", "facts")
 _ITEM = ("kind", "content_hash", *_FACTS)
 _TEXTUAL = {"kind", "content_hash", "text", "taken_at", "camera", "format"}

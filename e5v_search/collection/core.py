@@ -13,7 +13,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from e5v_search import backbones, media
-from e5v_search.catalog import Catalog
+from e5v_search.catalog import VIEW, Catalog
+from e5v_search.collection.indexes import Indexes
 from e5v_search.collection.ingest import Ingest
 from e5v_search.collection.report import Hit, Hits, Report, Stopwatch
 from e5v_search.config import collection_path
@@ -29,7 +30,7 @@ from e5v_search.errors import (
     QueryError,
     UnreadableFile,
 )
-from e5v_search.index import Index, IndexDamaged, Stamp
+from e5v_search.index import Index
 from e5v_search.query import Query
 
 _SYNC_AFTER = 20_000  # vectors that a search during a long run may have to fetch from the catalog itself
@@ -60,7 +61,7 @@ class Collection:
         self._loading = threading.Lock()
         # read now: the model may be loaded by a thread that must not touch the catalog
         self._bound, self._made_by = catalog.fingerprint, catalog.model
-        self._index: Index | None = None
+        self.indexes = Indexes(catalog)
         if self._embedder is not None:
             self._check_fingerprint(self._embedder)
 
@@ -185,8 +186,8 @@ class Collection:
             def committed(puts: int) -> None:
                 nonlocal behind
                 behind += puts
-                if behind >= _SYNC_AFTER or not self.index_path.exists():
-                    self._sync()
+                if behind >= _SYNC_AFTER or self.indexes.missing:
+                    self.indexes.sync()
                     behind = 0
 
             ingest = Ingest(self.catalog, self.embedder, committed, on_progress)
@@ -195,7 +196,7 @@ class Collection:
             finally:
                 with suppress(CollectionError):  # what failed first, a full disk say, is the error to report
                     self.catalog.finish_run(run, ingest.report.to_json())
-                    self._sync()
+                    self.indexes.sync()
         return ingest.report
 
     def _refuse_another_model(self) -> None:
@@ -213,67 +214,23 @@ class Collection:
             ids = [row.item_id for row in self.catalog.paths_under(roots)]
             self.catalog.commit(gone=ids)
             self.catalog.drop_roots(roots)
-            self._sync()
+            self.indexes.sync()
         return len(ids)
 
     def rebuild(self) -> int:
         """Make the index anew from the catalog, embedding nothing. Returns the number of vectors."""
         with self._writing():
-            self._index = self._built()
-            self._index.save(self.index_path)
-        return self._index.ntotal
+            return self.indexes.rebuild()
 
     # the index
 
     @property
     def index_path(self) -> Path:
-        return self.path / "index.faiss"
+        return self.indexes.path()
 
-    def _stamp(self) -> Stamp:
-        return Stamp(self.catalog.uid, self.catalog.state)
-
-    def _built(self) -> Index:
-        stamp = self._stamp()
-        index = Index.build(self.catalog.dim or 1, self.catalog.vectors())
-        index.stamp = stamp
-        return index
-
-    def _current_index(self) -> tuple[Index, bool]:
-        """The index with everything that the catalog holds, and whether it had to be built whole.
-
-        A file that is behind is brought up to date in memory from the catalog; one that is missing, damaged or of
-        another catalog is replaced by one built from it. Nothing is embedded.
-        """
-        built = False
-        index = self._index
-        if index is None or index.stamp.uid != self.catalog.uid:
-            try:
-                index = Index.load(self.index_path)
-                if index.stamp.uid != self.catalog.uid or index.stamp.state > self.catalog.state or index.d != self.catalog.dim:
-                    raise IndexDamaged("it belongs to another state of the catalog")
-            except IndexDamaged:
-                index, built = self._built(), True
-        stamp = self._stamp()
-        if index.stamp != stamp:
-            # read the stamp first: what is committed meanwhile is fetched twice rather than never
-            index.remove(self.catalog.removed(index.stamp.state))
-            for ids, x in self.catalog.vectors(after=index.stamp.state):
-                index.put(ids, x)
-            index.stamp = stamp
-        self._index = index
-        return index, built
-
-    def _sync(self) -> None:
-        """Save the index as the catalog is now. The caller holds the write lock."""
-        if self.catalog.dim is not None and self._saved_stamp() != self._stamp():
-            index, _ = self._current_index()
-            index.save(self.index_path)
-
-    def _saved_stamp(self) -> Stamp | None:
-        try:
-            return Index.read_stamp(self.index_path)
-        except IndexDamaged:
-            return None
+    def _current_index(self, view: str = VIEW) -> tuple[Index, bool]:
+        """The index with everything that the catalog holds in `view`, and whether it had to be built whole."""
+        return self.indexes.current(view)
 
     # reading
 
@@ -398,46 +355,18 @@ class Collection:
     def status(self) -> dict[str, Any]:
         """What is in the collection, as `status --json` prints it."""
         counts = self.catalog.count()
-        saved = self._saved_stamp()
-        vectors = sum(counts.values())
         return {
             "collection": str(self.path),
             "fingerprint": self.catalog.fingerprint,
             "items": {kind: counts.get(kind, 0) for kind in ("image", "text", "rendered")},
             "failed": len(self.catalog.failures()),
-            "index": {"kind": Index.kind, "vectors": vectors, "stale": saved != self._stamp()},
+            "index": {"kind": Index.kind, "vectors": sum(counts.values()), "stale": self.indexes.stale},
             "bytes": sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file()),
         }
 
     def verify(self) -> list[str]:
         """Every inconsistency found in catalog and index, one line each; an empty list means none."""
-        found = list(self.catalog.verify())
-        try:
-            index = Index.load(self.index_path)
-        except IndexDamaged as error:
-            if any(self.catalog.count().values()):
-                found.append(f"index.faiss: {error}; mend it with: e5v-search rebuild")
-            return found
-        if index.stamp != self._stamp():
-            # what an interrupted run leaves: a search makes up for it, so it is no error
-            index, _ = self._current_index()
-        ids = set(index.ids().tolist())
-        truth: set[int] = set()
-        wrong = 0
-        for block, x in self.catalog.vectors():
-            truth.update(block.tolist())
-            present = np.array([i in ids for i in block.tolist()], dtype=bool)
-            if present.any():
-                wrong += int((index.vectors(block[present]) != x[present].astype(np.float32)).any(axis=1).sum())
-        kinds = {
-            "vectors are missing": len(truth - ids),
-            "vectors belong to no item": len(ids - truth),
-            "vectors differ from the catalog's": wrong,
-        }
-        for name, bad in kinds.items():
-            if bad:
-                found.append(f"index.faiss: {bad} {name}; mend it with: e5v-search rebuild")
-        return found
+        return [*self.catalog.verify(), *self.indexes.problems()]
 
 
 def _canonical(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
