@@ -65,3 +65,7 @@ class Embedder(Protocol):
 
     @abstractmethod
     def embed_prepared(self, prepared: Sequence[Any], prompts: str = "retrieval") -> np.ndarray: ...
+
+    @abstractmethod
+    def embed_views(self, prepared: Sequence[Any], views: Sequence[str]) -> np.ndarray:
+        """Prepared pictures under the image prompts of several sets -> (len(views), n, dim)."""

@@ -93,12 +93,37 @@ def test_a_batch_gives_what_single_items_give(ours: LlavaNextEmbedder) -> None:
 @given(order=st.permutations(range(len(PICTURES))), tokens=st.integers(1, 3000))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_order_and_batch_size_do_not_matter(ours: LlavaNextEmbedder, order: list[int], tokens: int) -> None:
-    before, ours.batch_tokens = ours.batch_tokens, tokens
+    before, ours.batches.tokens = ours.batches.tokens, tokens
     try:
         x = ours.embed_images([PICTURES[i] for i in order])
     finally:
-        ours.batch_tokens = before
+        ours.batches.tokens = before
     assert cosines(x, ours.embed_images(PICTURES)[order]).min() > 0.999999
+
+
+@given(order=st.permutations(range(len(PICTURES))), tokens=st.integers(1, 3000))
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_views_from_one_pass_equal_a_pass_each(ours: LlavaNextEmbedder, order: list[int], tokens: int) -> None:
+    views = ["retrieval", "cirr", "fashioniq-dress", "last"]
+    prepared = [ours.prepare(PICTURES[i]) for i in order]
+    before, ours.batches.tokens = ours.batches.tokens, tokens
+    try:
+        x = ours.embed_views(prepared, views)
+    finally:
+        ours.batches.tokens = before
+    assert x.shape == (len(views), len(prepared), ours.dim)
+    for view, some in zip(views, x, strict=True):
+        assert cosines(some, ours.embed_prepared(prepared, view)).min() > 0.999999
+    assert ours.embed_views(prepared[:2], ["cirr"]).shape == (1, 2, ours.dim)
+    assert ours.embed_views([], views).shape == (len(views), 0, ours.dim)
+
+
+def test_views_look_at_a_picture_once(fresh: LlavaNextEmbedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    true = fresh.model.image_features
+    monkeypatch.setattr(fresh.model, "image_features", lambda x, sizes, grids: seen.append(len(sizes)) or true(x, sizes, grids))
+    fresh.embed_views([fresh.prepare(p) for p in PICTURES], ["retrieval", "cirr", "last"])
+    assert sum(seen) == len(PICTURES)
 
 
 def test_rows_have_length_one_and_nothing_gives_nothing(ours: LlavaNextEmbedder) -> None:
@@ -153,11 +178,11 @@ class Scarce:
     def __init__(self, embedder: LlavaNextEmbedder, rows: int) -> None:
         self.true, self.rows, self.refused = embedder.model.last_hidden, rows, 0
 
-    def __call__(self, rows: list[torch.Tensor]) -> torch.Tensor:
+    def __call__(self, rows: list[torch.Tensor], prefixes: list[torch.Tensor] | None = None) -> torch.Tensor:
         if len(rows) > self.rows:
             self.refused += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return self.true(rows)
+        return self.true(rows, prefixes)
 
 
 @pytest.fixture
@@ -171,7 +196,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(ours: LlavaNextEmbedder, fre
     expected = ours.embed_images(PICTURES)
     assert cosines(fresh.embed_images(PICTURES), expected).min() > 0.999999
     assert scarce.refused > 0
-    assert fresh.batch_tokens < ours.batch_tokens  # and remembers
+    assert fresh.batches.tokens < ours.batches.tokens  # and remembers
     scarce.rows = 0
     with pytest.raises(OutOfMemory, match="one input of"):
         fresh.embed_images(PICTURES[:1])

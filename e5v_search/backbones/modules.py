@@ -1,6 +1,6 @@
 """LLaVA-NeXT in plain torch: a CLIP vision tower, a projector, a LLaMA or Mistral decoder.
 
-Only what an embedding needs: no logits, no cache of keys and values, vision layers up to the one that is read.
+Only what an embedding needs: no logits, vision layers up to the one that is read, of the last text layer one position.
 Parameter names are those of transformers' LlavaNextModel, so that checkpoints and adapters fit; the tests hold this
 file equal to transformers' whole model. Our own because importing transformers' modelling code alone costs more than
 a cold search may (benchmarks/LOG.md), and because speed is won here.
@@ -9,6 +9,7 @@ Shapes: b batch, t tokens, d hidden size, T tiles, p patches of a tile.
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary position embedding; x (b, heads, t, d_head), rotation (t, d_head) cosines and sines."""
+    """Rotary position embedding; x (b, heads, t, d_head), rotation (b or 1, 1, t, d_head) cosines and sines."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
@@ -151,13 +152,18 @@ class TextAttention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
         self.o_proj = nn.Linear(q, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v, is_causal=True, enable_gqa=self.grouped)
+    def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        return rotate(self._heads(self.k_proj(x)), rotation), self._heads(self.v_proj(x))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
+        """Without a mask: causal, and x stands where k and v were made."""
+        q = rotate(self._heads(self.q_proj(x)), rotation)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 class TextMLP(nn.Module):
@@ -178,16 +184,18 @@ class TextLayer(nn.Module):
         self.self_attn, self.mlp = TextAttention(c), TextMLP(c)
         self.input_layernorm, self.post_attention_layernorm = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation)
+    def forward(self, x: Tensor, normed: Tensor, k: Tensor, v: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
+        """`normed` is x after the input norm, which the keys and values were made from too."""
+        x = x + self.self_attn(normed, k, v, rotation, mask)
         y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return y
 
 
 class TextDecoder(nn.Module):
-    """(b, t, d) input embeddings -> (b, t, d) hidden states after the final norm.
+    """Causal: rows shorter than the batch are padded on the *right*, where nothing real can see the padding.
 
-    Causal, no mask: rows shorter than t are padded on the *right*, where nothing real can see the padding.
+    A row may go on from a prefix that was computed before: a tensor (layers, 2, key heads, p, d_head) of its keys and
+    values. Every key stands at its row's own position, so causality is all that the mask has to hold.
     """
 
     def __init__(self, c: TextConfig) -> None:
@@ -197,19 +205,64 @@ class TextDecoder(nn.Module):
         self.layers = nn.ModuleList(TextLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def rotation(self, t: int, like: Tensor) -> Rotation:
+    def rotation(self, positions: Tensor, like: Tensor) -> Rotation:
+        """positions (b or 1, t) -> cosines and sines (b or 1, 1, t, d_head)"""
         # angles in float32 whatever the model's precision: at position 3,000 half precision is off by whole turns
         exponent = torch.arange(0, self.c.head_dim, 2, dtype=torch.float32, device=like.device) / self.c.head_dim
-        angles = torch.outer(torch.arange(t, dtype=torch.float32, device=like.device), self.c.rope_theta**-exponent)
+        angles = positions[:, None, :, None].float() * self.c.rope_theta**-exponent
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rotation = self.rotation(x.shape[1], x)
-        for layer in self.layers:
-            x = layer(x, rotation)
-        y: Tensor = self.norm(x)
+    def forward(self, x: Tensor, lengths: Tensor, prefixes: Sequence[Tensor] | None = None) -> Tensor:
+        """(b, t, d) input embeddings, of which `lengths` (b,) are real -> (b, d), the state at each row's last one after
+        the final norm. The last layer computes keys and values alone for all other positions.
+        """
+        b, t = x.shape[:2]
+        last = lengths - 1
+        starts = torch.tensor([p.shape[3] for p in prefixes] if prefixes else [0], device=x.device)
+        positions = starts[:, None] + torch.arange(t, device=x.device)
+        rotation = self.rotation(positions, x)
+        keys = torch.arange(t if prefixes is None else max(p.shape[3] for p in prefixes) + t, device=x.device)
+        mask = None if prefixes is None else keys <= positions[:, None, :, None]
+        for i, layer in enumerate(cast(Sequence[TextLayer], self.layers)):
+            h = layer.input_layernorm(x)
+            k, v = layer.self_attn.keys_values(h, rotation)
+            if prefixes is not None:
+                k, v = (_behind([p[i, j] for p in prefixes], new, len(keys)) for j, new in enumerate((k, v)))
+            if i == len(self.layers) - 1:
+                each = torch.arange(b, device=x.device)
+                x, h = x[each, last][:, None], h[each, last][:, None]
+                ends = (starts + last)[:, None]
+                rotation, mask = self.rotation(ends, x), keys <= ends[:, None, :, None]
+            x = layer(x, h, k, v, rotation, mask)
+        y: Tensor = self.norm(x[:, 0])
         return y
+
+    def prefill(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """(b, t, d) input embeddings, of which `lengths` are real -> each row's keys and values, a tensor of its own."""
+        rotation = self.rotation(torch.arange(x.shape[1], device=x.device)[None], x)
+        shape = (len(self.layers), 2, self.c.num_key_value_heads)
+        out = [x.new_empty(*shape, n, self.c.head_dim) for n in lengths]
+        for i, layer in enumerate(cast(Sequence[TextLayer], self.layers)):
+            h = layer.input_layernorm(x)
+            k, v = layer.self_attn.keys_values(h, rotation)
+            for row, prefix in enumerate(out):
+                prefix[i, 0], prefix[i, 1] = (new[row, :, : lengths[row]] for new in (k, v))
+            if i < len(self.layers) - 1:
+                x = layer(x, h, k, v, rotation, None)
+        return out
+
+
+def _behind(old: Sequence[Tensor], new: Tensor, length: int) -> Tensor:
+    """Each row's old keys or values (heads, p_i, d_head) and behind them its new ones (b, heads, t, d_head), in `length`
+    places; what is left is zero: masked, but a stray NaN would come through.
+    """
+    b, heads, t, d_head = new.shape
+    out = new.new_zeros(b, heads, length, d_head)
+    for row, past in enumerate(old):
+        p = past.shape[1]
+        out[row, :, :p], out[row, :, p : p + t] = past, new[row]
+    return out
 
 
 class LlavaNext(nn.Module):
@@ -241,9 +294,16 @@ class LlavaNext(nn.Module):
         newline = self.image_newline.expand(len(patches), 1, -1)
         return torch.cat((tiles[0], torch.cat((patches, newline), dim=1).flatten(0, 1)))
 
-    def last_hidden(self, rows: Sequence[Tensor]) -> Tensor:
-        """The state at the last position of each row of input embeddings (n_i, d), in one padded batch: (b, d)."""
+    def last_hidden(self, rows: Sequence[Tensor], prefixes: Sequence[Tensor] | None = None) -> Tensor:
+        """The state at the last position of each row of input embeddings (n_i, d), in one padded batch: (b, d).
+
+        With `prefixes` (see `TextDecoder`) a row goes on from what was computed before.
+        """
         lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
-        hidden = self.language_model(nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
-        last: Tensor = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
-        return last
+        out: Tensor = self.language_model(nn.utils.rnn.pad_sequence(list(rows), batch_first=True), lengths, prefixes)
+        return out
+
+    def prefill(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Keys and values of rows (n_i, d) that begin other rows, each (layers, 2, key heads, n_i, d_head)."""
+        x = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        return self.language_model.prefill(x, [len(row) for row in rows])

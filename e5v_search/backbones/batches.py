@@ -1,0 +1,54 @@
+"""Inputs through a model in batches as large as a device takes."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from e5v_search.errors import OutOfMemory
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_TOKENS = {"cuda": 32768, "mps": 8192, "cpu": 4096}
+
+
+class Batches:
+    """`tokens` is the most that a batch may hold, padding included: halved, and kept so, when memory runs out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tokens = _TOKENS[device.type]
+
+    def cut(self, rows: Sequence[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+        """`rows` from the longest to the shortest, in lists within the budget. A row beyond it stands alone."""
+        order = sorted(rows, key=length, reverse=True)
+        while order:
+            # the first is what the others are padded to
+            n = max(1, self.tokens // length(order[0]))
+            yield order[:n]
+            order = order[n:]
+
+    def run(self, rows: Sequence[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[R]]) -> list[R]:
+        """`forward` of all rows, which gives one result for each, in their order. Raises OutOfMemory for a single row."""
+        out: dict[int, R] = {}
+        for batch in self.cut(range(len(rows)), lambda i: length(rows[i])):
+            out |= zip(batch, self._halving([rows[i] for i in batch], length, forward), strict=True)
+        return [out[i] for i in range(len(rows))]
+
+    def _halving(self, batch: list[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[R]]) -> list[R]:
+        try:
+            return list(forward(batch))
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            if len(batch) == 1:
+                raise OutOfMemory(
+                    f"{self.device} has too little memory for one input of {length(batch[0])} tokens; "
+                    "close other programs on it, or load the model with --quantize 4bit"
+                ) from None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.tokens = max(1, self.tokens // 2)
+        half = len(batch) // 2
+        return self._halving(batch[:half], length, forward) + self._halving(batch[half:], length, forward)

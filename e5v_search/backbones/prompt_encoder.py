@@ -1,0 +1,77 @@
+"""Prompts to token ids."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer
+
+from e5v_search.backbones import checkpoint
+from e5v_search.backbones.config import LlavaNextConfig
+from e5v_search.errors import IncompleteCheckpoint
+from e5v_search.prompts import IMAGE, LLAMA3_CHAT, MISTRAL_CHAT, SENTENCE
+
+
+class PromptEncoder:
+    """Prompt strings to token ids: the chat wrapper, the one image token, and text that cannot escape its place."""
+
+    def __init__(self, folder: Path, config: LlavaNextConfig) -> None:
+        self.tokenizer = _load_tokenizer(folder)
+        self.chat = LLAMA3_CHAT if config.text_config.model_type == "llama" else MISTRAL_CHAT
+        self.tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])  # no change where it is
+        self.image_id = self._id(IMAGE)
+        self.max_tokens = config.text_config.max_tokens
+        specials = sorted((t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special), key=len)
+        self._special = re.compile("|".join(map(re.escape, reversed(specials))))
+        self._bos = self._leading_bos(folder)
+
+    def _leading_bos(self, folder: Path) -> list[int]:
+        # LLaMA-3's tokenizer.json adds the first token itself; some Mistral files leave it to the library
+        path = folder / "tokenizer_config.json"
+        settings = checkpoint.read_json(path) if path.exists() else {}
+        bos = settings.get("bos_token")
+        bos = bos.get("content") if isinstance(bos, dict) else bos
+        if not settings.get("add_bos_token") or bos is None:
+            return []
+        bos_id = self._id(bos)
+        return [] if self.tokenizer.encode("a").ids[:1] == [bos_id] else [bos_id]
+
+    def _id(self, token: str) -> int:
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise IncompleteCheckpoint(f"the tokenizer does not know {token!r}; download the model again")
+        return token_id
+
+    def encode(self, prompt: str, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of `prompt` in the chat wrapper, once for each text.
+
+        Special tokens that a user writes ("<image>", "<|eot_id|>") are broken by a blank and read as plain text.
+        """
+        wrapped = self.chat.replace("{}", prompt)
+        safe = [self._special.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) for text in texts]
+        filled = [wrapped.replace(SENTENCE, text) for text in safe]
+        return [self._bos + encoding.ids for encoding in self.tokenizer.encode_batch(filled)]
+
+    def around_image(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """Ids before and behind the image id, which is never looked up: in one published revision it lies outside the
+        embedding table."""
+        at = ids.index(self.image_id)
+        return ids[:at], ids[at + 1 :]
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if path.exists():
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust library raises bare Exception
+            raise IncompleteCheckpoint(f"{path} cannot be read: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+    if not (folder / "tokenizer.model").exists():
+        raise IncompleteCheckpoint(f"{folder} has no tokenizer.json: not a whole model folder")
+    from transformers import AutoTokenizer  # slow to import, so only for folders with a sentencepiece file alone
+
+    converted: Tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    return converted
