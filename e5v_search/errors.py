@@ -7,7 +7,8 @@
     ├── MediaError                  one file cannot be used; a run lists it and goes on
     │   ├── UnreadableFile          no permission, a pipe, gone in the meantime
     │   ├── NotAPicture             empty, truncated, or some other format
-    │   └── PictureTooLarge         more pixels or bytes than the limit that the message names
+    │   ├── PictureTooLarge         more pixels or bytes than the limit that the message names
+    │   └── UnrenderableText        a text that cannot be drawn: empty, or no font here has one of its characters
     ├── ModelError
     │   ├── UnknownModel            no such name; the message lists what is known
     │   ├── IncompleteCheckpoint    a shard, a tensor or a file is missing; the message names it
@@ -62,6 +63,10 @@ class NotAPicture(MediaError):
 
 
 class PictureTooLarge(MediaError):
+    pass
+
+
+class UnrenderableText(MediaError):
     pass
 
 
