@@ -14,10 +14,11 @@ _TOKENS = {"cuda": 32768, "mps": 8192, "cpu": 4096}
 
 
 class Batches:
-    """`tokens` is the most that a batch may hold, padding included: halved, and kept so, when memory runs out."""
+    """`tokens` is the most that a batch may hold, padding included. When memory runs out, `relieve` is asked to give up
+    what it can (-> bytes); when that is nothing, `tokens` is halved, and kept so."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, relieve: Callable[[], int]) -> None:
+        self.device, self.relieve = device, relieve
         self.tokens = _TOKENS[device.type]
 
     def cut(self, rows: Sequence[T], length: Callable[[T], int]) -> Iterator[list[T]]:
@@ -42,13 +43,16 @@ class Batches:
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise
-            if len(batch) == 1:
+            freed = self.relieve()
+            if len(batch) == 1 and not freed:
                 raise OutOfMemory(
                     f"{self.device} has too little memory for one input of {length(batch[0])} tokens; "
                     "close other programs on it, or load the model with --quantize 4bit"
                 ) from None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if freed:
+            return self._halving(batch, length, forward)
         self.tokens = max(1, self.tokens // 2)
         half = len(batch) // 2
         return self._halving(batch[:half], length, forward) + self._halving(batch[half:], length, forward)

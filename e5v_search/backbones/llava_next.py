@@ -3,9 +3,11 @@
 An embedding is the last layer's hidden state after the final norm at the last position of the prompt, L2-normalised.
 """
 
+import hashlib
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from e5v_search.backbones import Embedder, checkpoint, registry
 from e5v_search.backbones.batches import Batches
 from e5v_search.backbones.config import LlavaNextConfig
 from e5v_search.backbones.modules import LlavaNext
+from e5v_search.backbones.prefix import Beginning, Key, PrefixMemory, default_limit, digest
 from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.backbones.tiles import Tiles, TileSpec, cut, token_count
 from e5v_search.embedder import Fingerprint, Picture
-from e5v_search.errors import ModelError, TextTooLong
+from e5v_search.errors import MediaError, ModelError, TextTooLong
 from e5v_search.parallel import ahead, windows
 from e5v_search.prompts import load_prompts
 
@@ -39,16 +42,6 @@ class Row:
 
     ids: list[int]
     tiles: Tiles | None
-    length: int  # tokens after the picture is put in
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """What inputs begin with: the ids before a picture, and the picture."""
-
-    key: Hashable
-    ids: list[int]
-    tiles: Tiles
     length: int  # tokens after the picture is put in
 
 
@@ -82,7 +75,26 @@ def _preprocessing(folder: Path, config: LlavaNextConfig) -> tuple[TileSpec, Ten
     return spec, mean, std
 
 
+def _identity(picture: Picture) -> object:
+    # pictures in memory are told apart by where they are: comparing them would compare their pixels
+    return id(picture) if isinstance(picture, Image.Image) else picture
+
+
+def _content(picture: Picture) -> str | None:
+    """Hash of a file or of the bytes of one; None for what is no file or cannot be read, of which opening it will say why."""
+    if isinstance(picture, Image.Image):
+        return None
+    if isinstance(picture, bytes):
+        return hashlib.sha256(picture).hexdigest()
+    try:
+        return media.content_hash(picture)
+    except MediaError:
+        return None
+
+
 class LlavaNextEmbedder(Embedder):
+    """`memory` keeps what the model saw of pictures for `embed_composed`; set its `limit` (bytes) or clear it at will."""
+
     def __init__(self, source: registry.Source, name: str, device: str, dtype: str, quantize: str | None) -> None:
         raw = checkpoint.read_json(source.folder / "config.json")
         if raw.get("model_type") != "llava_next":
@@ -98,7 +110,8 @@ class LlavaNextEmbedder(Embedder):
         self.model: LlavaNext = checkpoint.load_model(source.folder, config, self.device, self.dtype, quantize)
         self.dim = config.text_config.hidden_size
         self.made_by = Fingerprint(source.name, source.revision, weights=quantize or "float")
-        self.batches = Batches(self.device)
+        self.memory = PrefixMemory(default_limit(self.device))
+        self.batches = Batches(self.device, self.memory.clear)
 
     @classmethod
     def load(
@@ -124,12 +137,19 @@ class LlavaNextEmbedder(Embedder):
         return self._embed_plain(self._image_row(ids, tiles, i) for i, tiles in enumerate(ahead(self._open, images)))
 
     def embed_composed(self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr") -> np.ndarray:
-        """Pictures, each with the change to it -> (n, dim)."""
+        """Pictures, each with the change to it -> (n, dim).
+
+        What the model saw of a picture is kept in `memory`: further changes to it, in this call or the next, cost their
+        text alone. Within a call they need not even be kept when they stand side by side.
+        """
         ids = self.encoder.encode(load_prompts(prompts).get("composed"), [text for _, text in pairs])
-        pictures = ahead(self._open, (picture for picture, _ in pairs))
-        return self._embed_plain(
-            self._image_row(row, tiles, i) for i, (row, tiles) in enumerate(zip(ids, pictures, strict=True))
-        )
+        parts = [self.encoder.around_image(row) for row in ids]
+        wanted = zip((picture for picture, _ in pairs), (tuple(head) for head, _ in parts), strict=True)
+        runs = [list(run) for _, run in groupby(wanted, lambda one: (_identity(one[0]), one[1]))]
+        begins = ahead(self._begin, (run[0] for run in runs))
+        beginnings = (begin for begin, run in zip(begins, runs, strict=True) for _ in run)
+        rows = (self._continued(begin, tail, i) for i, (begin, (_, tail)) in enumerate(zip(beginnings, parts, strict=True)))
+        return self._embed_continued(rows, _WINDOW, self.memory)
 
     def prepare(self, image: Image.Image) -> Tiles:
         """An upright RGB picture -> tiles. Called from many threads, ahead of the model."""
@@ -144,19 +164,13 @@ class LlavaNextEmbedder(Embedder):
         if len(views) == 1:
             return self.embed_prepared(prepared, views[0])[None]
         prompts = [self.encoder.around_image(self.encoder.encode(load_prompts(v).get("image"), [""])[0]) for v in views]
-        blocks = [
-            self._embed_continued(
-                [
-                    Continued(self._begin((i, *head), head, tiles, tail, i), tail)
-                    for i, tiles in window
-                    for head, tail in prompts
-                ]
-            )
-            for window in windows(enumerate(prepared), _WINDOW)
-        ]
-        vectors = [vector for block in blocks for vector in block]
-        out = np.array(vectors, np.float32).reshape(len(prepared), len(views), self.dim)
-        return np.ascontiguousarray(out.transpose(1, 0, 2))
+        rows = (
+            self._continued(self._beginning(str(i), tuple(head), tiles), tail, i)
+            for i, tiles in enumerate(prepared)
+            for head, tail in prompts
+        )
+        x = self._embed_continued(rows, _WINDOW * len(views))
+        return np.ascontiguousarray(x.reshape(len(prepared), len(views), self.dim).transpose(1, 0, 2))
 
     def _open(self, picture: Picture) -> Tiles:
         return self.prepare(media.open_picture(picture))
@@ -164,10 +178,27 @@ class LlavaNextEmbedder(Embedder):
     def _image_row(self, ids: list[int], tiles: Tiles, index: int) -> Row:
         return Row(ids, tiles, self._fits(len(ids) - 1 + token_count(tiles.size, self.spec), index))
 
-    def _begin(self, key: Hashable, head: list[int], tiles: Tiles, tail: list[int], index: int) -> Beginning:
-        length = len(head) + token_count(tiles.size, self.spec)
-        self._fits(length + len(tail), index)
-        return Beginning(key, head, tiles, length)
+    def _begin(self, wanted: tuple[Picture, tuple[int, ...]]) -> Beginning:
+        """What a composed input begins with. A file that was seen before is read to see that it is the same, not decoded."""
+        picture, head = wanted
+        known = self.memory.picture(content) if (content := _content(picture)) else None
+        if known is not None and (prefix := self.memory.get(Key(known, head))) is not None:
+            return Beginning(Key(known, head), prefix.shape[3], prefix=prefix)
+        if isinstance(picture, Image.Image):
+            tiles = self.prepare(media.open_picture(picture))
+            return self._beginning(digest(tiles), head, tiles)
+        photo = media.open_photo(picture)
+        tiles = self.prepare(photo.image)
+        seen = digest(tiles)
+        self.memory.name_picture(photo.content_hash, seen)
+        return self._beginning(seen, head, tiles)
+
+    def _beginning(self, picture: str, head: tuple[int, ...], tiles: Tiles) -> Beginning:
+        return Beginning(Key(picture, head), len(head) + token_count(tiles.size, self.spec), tiles)
+
+    def _continued(self, begin: Beginning, tail: list[int], index: int) -> Continued:
+        self._fits(begin.length + len(tail), index)
+        return Continued(begin, tail)
 
     def _fits(self, length: int, index: int) -> int:
         if length > self.encoder.max_tokens:
@@ -188,24 +219,38 @@ class LlavaNextEmbedder(Embedder):
         ]
         return np.stack(vectors) if vectors else np.empty((0, self.dim), np.float32)
 
-    def _embed_continued(self, rows: Sequence[Continued]) -> list[np.ndarray]:
-        """Rows that go on from pictures: one pass over each picture, however many rows begin with it."""
-        groups: dict[Hashable, list[int]] = {}
+    def _embed_continued(self, rows: Iterable[Continued], window: int, memory: PrefixMemory | None = None) -> np.ndarray:
+        """Rows that go on from pictures: in each window one pass over each picture, however many rows begin with it."""
+        vectors = [vector for some in windows(rows, window) for vector in self._go_on_from(some, memory)]
+        return np.stack(vectors) if vectors else np.empty((0, self.dim), np.float32)
+
+    def _go_on_from(self, rows: Sequence[Continued], memory: PrefixMemory | None) -> list[np.ndarray]:
+        groups: dict[Key, list[int]] = {}
         for i, row in enumerate(rows):
             groups.setdefault(row.begin.key, []).append(i)
         out: dict[int, np.ndarray] = {}
         for some in self.batches.cut(list(groups.values()), lambda group: rows[group[0]].begin.length):
-            # keys and values are large: those of one batch of pictures at a time
-            begins = [rows[group[0]].begin for group in some]
-            prefixes = self.batches.run(begins, lambda begin: begin.length, self._prefill)
-            whole = [(i, prefix) for group, prefix in zip(some, prefixes, strict=True) for i in group]
+            # prefixes are large: those of one batch of pictures at a time
+            prefixes = self._prefixes([rows[group[0]].begin for group in some], memory)
+            work = [(i, prefix) for group, prefix in zip(some, prefixes, strict=True) for i in group]
             vectors: list[np.ndarray] = self.batches.run(
-                whole,
-                lambda row: row[1].shape[3] + len(rows[row[0]].ids),
+                work,
+                lambda row: rows[row[0]].begin.length + len(rows[row[0]].ids),
                 lambda batch: self._go_on([rows[i].ids for i, _ in batch], [prefix for _, prefix in batch]),
             )
-            out |= zip((i for i, _ in whole), vectors, strict=True)
+            out |= zip((i for i, _ in work), vectors, strict=True)
         return [out[i] for i in range(len(rows))]
+
+    def _prefixes(self, begins: Sequence[Beginning], memory: PrefixMemory | None) -> list[Tensor]:
+        """Of beginnings that all differ."""
+        known = [begin.prefix if memory is None or begin.prefix is not None else memory.get(begin.key) for begin in begins]
+        missing = [begin for begin, prefix in zip(begins, known, strict=True) if prefix is None]
+        made = self.batches.run(missing, lambda begin: begin.length, self._prefill)
+        if memory is not None:
+            for begin, prefix in zip(missing, made, strict=True):
+                memory.put(begin.key, prefix)
+        rest = iter(made)
+        return [next(rest) if prefix is None else prefix for prefix in known]
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Row]) -> np.ndarray:
@@ -221,15 +266,15 @@ class LlavaNextEmbedder(Embedder):
 
     @torch.inference_mode()
     def _prefill(self, batch: Sequence[Beginning]) -> list[Tensor]:
-        features = self._features([begin.tiles for begin in batch])
-        inputs = [torch.cat((self._words(begin.ids), f)) for begin, f in zip(batch, features, strict=True)]
+        features = self._features([begin.tiles for begin in batch if begin.tiles is not None])
+        inputs = [torch.cat((self._words(begin.key.ids), f)) for begin, f in zip(batch, features, strict=True)]
         return self.model.prefill(inputs)
 
     @torch.inference_mode()
     def _go_on(self, tails: Sequence[list[int]], prefixes: Sequence[Tensor]) -> np.ndarray:
         return self._normalised(self.model.last_hidden([self._words(ids) for ids in tails], prefixes))
 
-    def _words(self, ids: list[int]) -> Tensor:
+    def _words(self, ids: Sequence[int]) -> Tensor:
         words: Tensor = self.model.language_model.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
         return words
 

@@ -7,6 +7,7 @@ from e5v_search.media.photo import (
     Photo,
     content_hash,
     decode,
+    open_photo,
     open_picture,
     read_photo,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "contact_sheet",
     "content_hash",
     "decode",
+    "open_photo",
     "open_picture",
     "read_photo",
     "shown",

@@ -93,10 +93,15 @@ def open_picture(source: str | bytes | Path | Image.Image, max_pixels: int = MAX
         _check_size(source.size, max_pixels)
         with _decoder_errors(source.format or "picture"):
             return upright(source)
+    return open_photo(source, max_pixels).image
+
+
+def open_photo(source: str | bytes | Path, max_pixels: int = MAX_PIXELS) -> Photo:
+    """As `read_photo`, from a path or from the bytes of a picture file; for a path, errors begin with it."""
     if isinstance(source, bytes):
-        return _decode(source, max_pixels)[0]
+        return Photo(*_decode(source, max_pixels), hashlib.sha256(source).hexdigest())
     try:
-        return decode(source, max_pixels)[0]
+        return read_photo(source, max_pixels)
     except MediaError as error:
         raise type(error)(f"{shown(source)}: {error}") from error
 
