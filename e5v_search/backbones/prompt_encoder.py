@@ -16,7 +16,7 @@ class PromptEncoder:
     """Prompt strings to token ids: the chat wrapper, the one image token, and text that cannot escape its place."""
 
     def __init__(self, folder: Path, config: LlavaNextConfig) -> None:
-        self.tokenizer = _load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder)
         self.chat = LLAMA3_CHAT if config.text_config.model_type == "llama" else MISTRAL_CHAT
         self.tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])  # no change where it is
         self.image_id = self._id(IMAGE)
@@ -59,7 +59,7 @@ class PromptEncoder:
         return ids[:at], ids[at + 1 :]
 
 
-def _load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if path.exists():
         try:
