@@ -14,7 +14,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from e5v_search.catalog import CATALOG, Catalog, FileRow, Put, catalog, connection, migrations
+from e5v_search.catalog import (
+    CATALOG,
+    VIEW,
+    Catalog,
+    Failed,
+    FileRow,
+    Put,
+    catalog,
+    connection,
+    files,
+    migrations,
+    store,
+)
 from e5v_search.errors import (
     CatalogDamaged,
     CollectionBusy,
@@ -34,6 +46,10 @@ def unit(seed: int, dim: int = DIM) -> np.ndarray:
     return x / np.linalg.norm(x)
 
 
+def one(vector: np.ndarray) -> dict[str, np.ndarray]:
+    return {VIEW: vector}
+
+
 def photo(path: str, seed: int = 0, **fields: object) -> Put:
     values: dict[str, object] = {
         "kind": "image",
@@ -41,9 +57,25 @@ def photo(path: str, seed: int = 0, **fields: object) -> Put:
         "size": 10,
         "mtime_ns": 20,
         "content_hash": f"hash{seed}",
-        "vector": unit(seed),
+        "vectors": one(unit(seed)),
     }
     return Put(**(values | fields))  # type: ignore[arg-type]
+
+
+def text(path: str, part: str, content: str, **fields: object) -> Put:
+    values: dict[str, object] = {
+        "kind": "text",
+        "path": path,
+        "part": part,
+        "content_hash": f"hash of {content}",
+        "text": content,
+        "vectors": one(unit(len(content))),
+    }
+    return Put(**(values | fields))  # type: ignore[arg-type]
+
+
+def bad(path: str, reason: str) -> Failed:
+    return Failed(path, "image", reason)
 
 
 def stored(c: Catalog, item_id: int) -> np.ndarray:
@@ -99,7 +131,7 @@ def test_what_is_put_comes_back(c: Catalog) -> None:
 
 
 def test_a_text_needs_no_file(c: Catalog) -> None:
-    (item_id,) = c.commit([Put(kind="text", content_hash="t", text="a dog\non grass", vector=unit(3))])
+    (item_id,) = c.commit([Put(kind="text", content_hash="t", text="a dog\non grass", vectors=one(unit(3)))])
     assert (c.items([item_id])[item_id].text, c.items([item_id])[item_id].path) == ("a dog\non grass", None)
     assert c.same_content(["t"], "image") == {}
     assert c.same_content(["t"], "text") == {"t": item_id}
@@ -113,7 +145,7 @@ any_str = st.text(st.characters(exclude_categories=()), min_size=1, max_size=30)
 @given(name=any_str, text=any_str)
 def test_every_str_round_trips(c: Catalog, name: str, text: str) -> None:
     path = "/r/" + name.replace("/", "-")
-    (item_id,) = c.commit([photo(path, text=text)], failed=[(path + ".bad", text)])
+    (item_id,) = c.commit([photo(path, text=text)], failed=[bad(path + ".bad", text)])
     assert list(c.known([path])) == [path]
     item = c.item_by_path(path)
     assert item is not None
@@ -121,8 +153,8 @@ def test_every_str_round_trips(c: Catalog, name: str, text: str) -> None:
     assert [row.path for row in c.paths_under([path])] == [path]
     assert [row.path for row in c.unseen(["/r"], ["/r/other"])] == [path]
     assert list(c.unseen(["/r"], [path])) == []
-    assert c.failures() == [(path + ".bad", text)]
-    c.commit(gone=[item_id], recovered=[path + ".bad"])
+    assert c.failures() == [bad(path + ".bad", text)]
+    c.commit(gone=[item_id], recovered=[(path + ".bad", "image")])
     assert c.failures() == []
 
 
@@ -135,7 +167,7 @@ def test_a_name_in_other_bytes_is_that_of_the_file(c: Catalog, tmp_path: Path) -
 
 
 def test_many_values_in_one_question(c: Catalog) -> None:
-    n = 2 * catalog._CHUNK + 3
+    n = 2 * store._CHUNK + 3
     ids = c.commit([photo(f"/p/{i}", i) for i in range(n)])
     assert {row.path: row.item_id for row in c.known([f"/p/{i}" for i in range(n)]).values()} == {
         f"/p/{i}": ids[i] for i in range(n)
@@ -149,23 +181,24 @@ def test_many_values_in_one_question(c: Catalog) -> None:
 
 
 def test_a_commit_is_all_or_nothing(c: Catalog) -> None:
-    a, _ = c.commit([photo("/p/a", 1), photo("/p/kept", 3)], failed=[("/p/x", "why")])
+    a, _ = c.commit([photo("/p/a", 1), photo("/p/kept", 3)], failed=[bad("/p/x", "why")])
     before = everything(c)
     good = photo("/p/new", 5)
-    bad: list[tuple[list[Put], type[Exception]]] = [
-        ([good, photo("/p/b", vector=np.ones(DIM + 1))], ValueError),
-        ([good, photo("/p/b", vector=np.full(DIM, np.nan))], ValueError),
-        ([good, photo("/p/b", vector=np.full(DIM, 1e6))], ValueError),  # no float16
-        ([good, photo("/p/b", vector=None)], ValueError),
+    wrong: list[tuple[list[Put], type[Exception]]] = [
+        ([good, photo("/p/b", vectors=one(np.ones(DIM + 1)))], ValueError),
+        ([good, photo("/p/b", vectors=one(np.full(DIM, np.nan)))], ValueError),
+        ([good, photo("/p/b", vectors=one(np.full(DIM, 1e6)))], ValueError),  # no float16
+        ([good, photo("/p/b", vectors={})], ValueError),
         ([good, photo("/p/b", 1, copy_from=a)], ValueError),  # both a vector and a source
         ([good, photo("/p/b", item_id=77)], ValueError),
-        ([good, photo("/p/b", vector=None, copy_from=77)], CollectionError),
+        ([good, photo("/p/b", vectors={"cirr": unit(1)})], ValueError),  # none for the view that all have
+        ([good, photo("/p/b", vectors={}, copy_from=77)], CollectionError),
         ([good, photo("/p/kept", 2)], sqlite3.IntegrityError),  # that path is another item's
         ([good, photo("/p/b", kind="sound")], sqlite3.IntegrityError),
     ]
-    for puts, kind in bad:
+    for puts, kind in wrong:
         with pytest.raises(kind):
-            c.commit(puts, gone=[a], failed=[("/p/y", "why")], recovered=["/p/x"])
+            c.commit(puts, gone=[a], failed=[bad("/p/y", "why")], recovered=[("/p/x", "image")])
         assert everything(c) == before
     assert c.commit([good])  # the connection is none the worse
 
@@ -188,7 +221,7 @@ def test_the_state_moves_with_items_and_vectors_only(c: Catalog) -> None:
     (a,) = c.commit([photo("/p/a", 1)])
     row = c.known(["/p/a"])["/p/a"]
     assert c.state == 1
-    c.commit(touched=[FileRow("/p/a", a, 11, 22, True, row.content_hash)], failed=[("/p/x", "why")])
+    c.commit(touched=[FileRow("/p/a", a, 11, 22, True, row.content_hash)], failed=[bad("/p/x", "why")])
     c.add_roots([("/p", "image")])
     c.commit(gone=[55])  # not there
     assert c.state == 1
@@ -235,7 +268,7 @@ def test_blocks_of_vectors(c: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_copy_has_the_vector_and_the_facts_but_is_its_own_item(c: Catalog) -> None:
     (a,) = c.commit([photo("/p/a", 1, width=3, camera="cam", facts={"k": 1})])
-    (b,) = c.commit([photo("/q/b", 1, vector=None, copy_from=a, mtime_ns=99)])
+    (b,) = c.commit([photo("/q/b", 1, vectors={}, copy_from=a, mtime_ns=99)])
     one, two = c.items([a, b])[a], c.items([a, b])[b]
     assert two.path == "/q/b"
     assert (
@@ -257,7 +290,7 @@ def test_a_copy_has_the_vector_and_the_facts_but_is_its_own_item(c: Catalog) -> 
 
 def test_a_moved_file_takes_the_vector_along(c: Catalog) -> None:
     (a,) = c.commit([photo("/p/a", 1)])
-    (b,) = c.commit([photo("/q/a", 1, vector=None, copy_from=a)], gone=[a])
+    (b,) = c.commit([photo("/q/a", 1, vectors={}, copy_from=a)], gone=[a])
     assert b != a
     assert list(c.items([a, b])) == [b]
     assert stored(c, b).tobytes() == unit(1).astype("<f2").tobytes()
@@ -266,8 +299,8 @@ def test_a_moved_file_takes_the_vector_along(c: Catalog) -> None:
 def test_two_files_swap_their_contents(c: Catalog) -> None:
     a, b = c.commit([photo("/p/a", 1, width=1), photo("/p/b", 2, width=2)])
     swapped = [
-        photo("/p/a", 2, item_id=a, vector=None, copy_from=b),
-        photo("/p/b", 1, item_id=b, vector=None, copy_from=a),
+        photo("/p/a", 2, item_id=a, vectors={}, copy_from=b),
+        photo("/p/b", 1, item_id=b, vectors={}, copy_from=a),
     ]
     c.commit(swapped)
     assert stored(c, a).tobytes() == unit(2).astype("<f2").tobytes()
@@ -279,7 +312,7 @@ def test_two_files_swap_their_contents(c: Catalog) -> None:
 def test_a_source_that_has_changed_is_not_copied(c: Catalog) -> None:
     a, twin = c.commit([photo("/p/a", 1), photo("/p/twin", 1)])
     c.commit([photo("/p/a", 9, item_id=a)])
-    copy = photo("/p/b", 1, vector=None, copy_from=a)
+    copy = photo("/p/b", 1, vectors={}, copy_from=a)
     (b,) = c.commit([copy])
     assert stored(c, b).tobytes() == unit(1).astype("<f2").tobytes()
     c.commit(gone=[twin, b])
@@ -291,15 +324,26 @@ def test_a_source_that_has_changed_is_not_copied(c: Catalog) -> None:
 
 
 def test_failures_are_recorded_and_cleared(c: Catalog) -> None:
-    c.commit(failed=[("/p/b", "first"), ("/p/a", "truncated"), ("/p/c", "empty")])
-    c.commit(failed=[("/p/b", "second")])
-    assert c.failures() == [("/p/a", "truncated"), ("/p/b", "second"), ("/p/c", "empty")]
-    c.commit([photo("/p/b")], recovered=["/p/a"])
-    assert c.failures() == [("/p/c", "empty")]
+    c.commit(failed=[bad("/p/b", "first"), bad("/p/a", "truncated"), bad("/p/c", "empty")])
+    c.commit(failed=[bad("/p/b", "second")])
+    assert c.failures() == [bad("/p/a", "truncated"), bad("/p/b", "second"), bad("/p/c", "empty")]
+    c.commit([photo("/p/b")], recovered=[("/p/a", "image")])
+    assert c.failures() == [bad("/p/c", "empty")]
+
+
+def test_failures_in_a_file_of_texts_are_told_by_kind_and_place(c: Catalog) -> None:
+    lines = [Failed("/t", kind, "bad", place) for place in ("2", "10") for kind in ("rendered", "text")]
+    c.commit(failed=lines)
+    assert c.failures() == lines
+    assert [failure.where for failure in lines[:3]] == ["/t:2", "/t:2", "/t:10"]
+    c.commit([text("/t", "1", "a")])  # the rest of the file has still to be read
+    assert c.failures() == lines
+    c.commit(recovered=[("/t", "text")])
+    assert c.failures() == [line for line in lines if line.kind == "rendered"]
 
 
 def test_files_under_a_root(c: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "BLOCK", 2)
+    monkeypatch.setattr(files, "BLOCK", 2)
     paths = ["/a", "/a-b/x", "/a/1", "/a/2", "/a/b/3", "/a/b/4", "/a/b/5", "/a0", "/z/ü", "/z/\udcff"]
     c.commit([photo(path, n) for n, path in enumerate(paths)])
 
@@ -316,7 +360,7 @@ def test_files_under_a_root(c: Catalog, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_unseen_locks_nothing(c: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "BLOCK", 1)
+    monkeypatch.setattr(files, "BLOCK", 1)
     ids = c.commit([photo(f"/p/{n}", n) for n in range(4)])
     rows = c.unseen(["/p"], ["/p/3"])
     next(rows)
@@ -329,8 +373,8 @@ def test_unseen_locks_nothing(c: Catalog, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_roots(c: Catalog) -> None:
     c.add_roots([("/z\udcff", "image"), ("/a", "text")])
-    c.add_roots([("/z\udcff", "rendered")])
-    assert c.roots() == [("/z\udcff", "rendered"), ("/a", "text")]
+    c.add_roots([("/z\udcff", "rendered"), ("/a", "text")])
+    assert c.roots() == [("/z\udcff", "image"), ("/a", "text"), ("/z\udcff", "rendered")]
     c.drop_roots(["/z\udcff", "/none"])
     assert c.roots() == [("/a", "text")]
 
@@ -400,10 +444,10 @@ def test_several_create_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("links", [True, False])
 def test_the_faster_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    publish = catalog._publish
+    publish = store._publish
 
     def overtaken(unfinished: Path, path: Path) -> None:
-        monkeypatch.setattr(catalog, "_publish", publish)
+        monkeypatch.setattr(store, "_publish", publish)
         filled(tmp_path).close()
         publish(unfinished, path)
 
@@ -412,7 +456,7 @@ def test_the_faster_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, li
 
     if not links:
         monkeypatch.setattr(os, "link", refused)
-    monkeypatch.setattr(catalog, "_publish", overtaken)
+    monkeypatch.setattr(store, "_publish", overtaken)
     with Catalog.create(tmp_path) as c:
         assert c.count()["image"] == 3
     assert os.listdir(tmp_path) == [CATALOG]
@@ -523,7 +567,7 @@ def test_an_older_schema_is_brought_up(c: Catalog, monkeypatch: pytest.MonkeyPat
             assert everything(opened) == before
     with raw(c) as db:
         assert db.execute("SELECT rating FROM items").fetchall() == [(3,)]
-    assert schema(c)[0] == [(1, "first"), (2, "add_rating")]
+    assert schema(c)[0] == [(1, "first"), (2, "parts"), (3, "add_rating")]
 
 
 def test_a_failing_step_is_rolled_back(c: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,7 +583,7 @@ def test_a_failing_step_is_rolled_back(c: Catalog, monkeypatch: pytest.MonkeyPat
         with_steps(patch, add_rating, fail_halfway)
         with pytest.raises(sqlite3.OperationalError, match="nowhere"):
             Catalog.open(c.path.parent)
-        assert schema(c)[0] == [(1, "first"), (2, "add_rating")]  # the step before it stays
+        assert schema(c)[0] == [(1, "first"), (2, "parts"), (3, "add_rating")]  # the step before it stays
     with_steps(monkeypatch, add_rating)
     with Catalog.open(c.path.parent) as opened:
         assert everything(opened) == before
@@ -552,7 +596,8 @@ PLANTED = [
     ("no vector", "DELETE FROM vectors WHERE item_id = 2"),
     ("points to a row of items", "INSERT INTO vectors SELECT 50, view, state, embedding FROM vectors WHERE item_id = 2"),
     ("vectors belong to no item", "INSERT INTO vectors SELECT 50, view, state, embedding FROM vectors WHERE item_id = 2"),
-    ("files belong to no item", "INSERT INTO files VALUES ('/p/lost', 50, 1, 1, 0)"),
+    ("files belong to no item", "INSERT INTO files VALUES (50, '/p/lost', 'image', '', 1, 1, 0)"),
+    ("another kind", "UPDATE files SET kind = 'text' WHERE item_id = 2"),
     ("neither a file nor a text", "DELETE FROM files WHERE item_id = 2"),
     ("recorded as removed", "INSERT INTO removed VALUES (2, 1)"),
     ("written by a state", "UPDATE vectors SET state = 9 WHERE item_id = 2"),
@@ -763,6 +808,7 @@ def write_on(c: Catalog) -> None:
 
 def test_a_full_disk(small_disk: Path) -> None:
     c = filled(small_disk / "c", 0)
+    (small_disk / "reserve").write_bytes(bytes(500_000))  # what is freed in the end
     with pytest.raises(DiskFull, match="free some space"):
         write_on(c)
     kept = c.count()["image"]
@@ -780,6 +826,7 @@ def test_a_full_disk(small_disk: Path) -> None:
     with Catalog.open(small_disk / "c") as opened, pytest.raises(DiskFull):
         opened.commit([photo("/p/one", 1, text="x" * 100_000)])
     (small_disk / "ballast").unlink()
+    (small_disk / "reserve").unlink()
     with Catalog.open(small_disk / "c") as opened:
         opened.commit([photo("/p/one", 1)])
         assert opened.count()["image"] == kept + 1

@@ -74,7 +74,7 @@ def test_search_json(library: Path) -> None:
     assert list(found["took_ms"]) == ["load", "embed", "search", "total"]
     assert len(found["hits"]) == 3
     for hit in found["hits"]:
-        assert list(hit) == ["rank", "id", "score", "kind", "path", "text", "width", "height", "taken_at"]
+        assert list(hit) == ["rank", "id", "score", "kind", "path", "text", "width", "height", "taken_at", "part"]
     first = found["hits"][0]
     assert (first["rank"], first["path"], first["kind"]) == (1, str(photo), "image")
     assert first["score"] >= 0.999

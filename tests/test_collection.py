@@ -359,7 +359,7 @@ def test_what_hits_say(c: Collection, photos: Path, loaded: LlavaNextEmbedder) -
     assert data["query"] == {"text": "a dog"}
     assert data["fingerprint"] == loaded.fingerprint
     assert list(data["took_ms"]) == ["load", "embed", "search", "total"]
-    assert list(data["hits"][0]) == ["rank", "id", "score", "kind", "path", "text", "width", "height", "taken_at"]
+    assert list(data["hits"][0]) == ["rank", "id", "score", "kind", "path", "text", "width", "height", "taken_at", "part"]
     with Image.open(hits[0].path or "") as image:
         assert (hits[0].width, hits[0].height) == image.size
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from e5v_search import index as module
-from e5v_search.catalog import Catalog, Put
+from e5v_search.catalog import VIEW, Catalog, Put
 from e5v_search.errors import CollectionError, CollectionReadOnly, DiskFull
 from e5v_search.index import Index, IndexDamaged, Stamp
 
@@ -180,7 +180,7 @@ class LikeADict(RuleBasedStateMachine):
         puts = []
         for seed in seeds:
             self.made += 1
-            puts.append(Put(kind="image", path=f"/{self.made}", content_hash=str(self.made), vector=self._row(seed)))
+            puts.append(Put(kind="image", path=f"/{self.made}", content_hash=str(self.made), vectors={VIEW: self._row(seed)}))
         for item_id, seed in zip(self.catalog.commit(puts), seeds, strict=True):
             self.truth[item_id] = self._row(seed)
 
@@ -188,7 +188,7 @@ class LikeADict(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 100), seed=st.integers(0, 50))
     def update(self, pick: int, seed: int) -> None:
         item_id = sorted(self.truth)[pick % len(self.truth)]
-        put = Put(kind="image", path=f"/new{item_id}", content_hash="x", item_id=item_id, vector=self._row(seed))
+        put = Put(kind="image", path=f"/new{item_id}", content_hash="x", item_id=item_id, vectors={VIEW: self._row(seed)})
         self.catalog.commit([put])
         self.truth[item_id] = self._row(seed)
 

@@ -5,13 +5,22 @@ from collections.abc import Iterator
 import numpy as np
 from sqlite_utils import Database
 
+from e5v_search.catalog.records import VIEW
+
 _NORM_TOLERANCE = 0.01  # a float16 row of 4,096 numbers has length 1 to about 1e-3
 
 # sentence with {n}, and a query for the ids concerned
 _COUNTED = (
-    ("{n} items have no vector: {ids}", "SELECT id FROM items WHERE id NOT IN (SELECT item_id FROM vectors)"),
+    (
+        "{n} items have no vector: {ids}",
+        f"SELECT id FROM items WHERE id NOT IN (SELECT item_id FROM vectors WHERE view = '{VIEW}')",
+    ),
     ("{n} vectors belong to no item: {ids}", "SELECT item_id FROM vectors WHERE item_id NOT IN (SELECT id FROM items)"),
     ("{n} files belong to no item: {ids}", "SELECT item_id FROM files WHERE item_id NOT IN (SELECT id FROM items)"),
+    (
+        "{n} files are of another kind than their items: {ids}",
+        "SELECT i.id FROM items i JOIN files f ON f.item_id = i.id WHERE f.kind != i.kind",
+    ),
     (
         "{n} items have neither a file nor a text: {ids}",
         "SELECT id FROM items WHERE text IS NULL AND id NOT IN (SELECT item_id FROM files)",

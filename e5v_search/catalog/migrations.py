@@ -57,12 +57,59 @@ CREATE TABLE runs (
 """
 
 
+# a file may hold many items, its parts; item_id as the key makes the table its own index for the join with items
+_PARTS = """
+CREATE TABLE parts (
+    item_id INTEGER PRIMARY KEY REFERENCES items (id) ON DELETE CASCADE,
+    path TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    part TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    on_mount INTEGER NOT NULL,
+    UNIQUE (path, kind, part)
+);
+INSERT INTO parts
+    SELECT f.item_id, f.path, i.kind, '', f.size, f.mtime_ns, f.on_mount FROM files f JOIN items i ON i.id = f.item_id;
+DROP TABLE files;
+ALTER TABLE parts RENAME TO files;
+CREATE TABLE corpora (
+    path TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    on_mount INTEGER NOT NULL,
+    texts INTEGER NOT NULL,
+    PRIMARY KEY (path, kind)
+);
+CREATE TABLE roots_of_kinds (path TEXT NOT NULL, kind TEXT NOT NULL, added_at TEXT NOT NULL, UNIQUE (path, kind));
+INSERT INTO roots_of_kinds SELECT path, kind, added_at FROM roots ORDER BY rowid;
+DROP TABLE roots;
+ALTER TABLE roots_of_kinds RENAME TO roots;
+CREATE TABLE places (
+    path TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    place TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    seen_at TEXT NOT NULL,
+    PRIMARY KEY (path, kind, place)
+);
+INSERT INTO places SELECT path, 'image', '', reason, seen_at FROM failures;
+DROP TABLE failures;
+ALTER TABLE places RENAME TO failures;
+"""
+
+
 def _first(db: Database) -> None:
     db.executescript(_FIRST)
 
 
+def _parts(db: Database) -> None:
+    db.executescript(_PARTS)
+
+
 Migration = tuple[str, Callable[[Database], None]]
-MIGRATIONS: tuple[Migration, ...] = (("first", _first),)
+MIGRATIONS: tuple[Migration, ...] = (("first", _first), ("parts", _parts))
 
 
 def newest() -> int:

@@ -11,7 +11,10 @@ VIEW = "retrieval"  # the view in which every item has a vector
 
 @dataclass(frozen=True, slots=True)
 class FileRow:
-    """A file as it was when its item was written: enough to tell cheaply whether it has changed since."""
+    """Where an item comes from, as it was when the item was written: enough to tell cheaply whether it has changed since.
+
+    A file may hold many items of the same kind, each its `part`; of photos the part is empty.
+    """
 
     path: str
     item_id: int
@@ -19,6 +22,34 @@ class FileRow:
     mtime_ns: int
     on_mount: bool  # lay on a mounted file system, so that its absence may mean an unmounted disk
     content_hash: str
+    kind: str = "image"
+    part: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A file of texts that was read to its end without a problem; of another size or time, it has to be read again."""
+
+    path: str
+    kind: str
+    size: int
+    mtime_ns: int
+    on_mount: bool
+    texts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What could not be used: a file, or the place (a line, say) in a file of texts."""
+
+    path: str
+    kind: str
+    reason: str
+    place: str = ""
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}:{self.place}" if self.place else self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +57,7 @@ class Item:
     id: int
     kind: str  # one of KINDS
     path: str | None
+    part: str | None  # which text of the file: its id, or the number of its line or paragraph; None for photos
     text: str | None
     content_hash: str
     width: int | None  # pixels, as seen upright
@@ -40,16 +72,18 @@ class Item:
 
 @dataclass(slots=True, kw_only=True)
 class Put:
-    """One item to write together with its vector.
+    """One item to write together with its vectors.
 
-    `item_id` None makes a new item; else the same item gets this content. The vector comes from `vector`, (dim,) of any
-    float type, or from the item `copy_from`, whose content has the same hash; then text, pixels, EXIF facts and `facts`
-    come from there too and the fields of this record that hold them are not looked at.
+    `item_id` None makes a new item; else the same item gets this content. `vectors` maps views to (dim,) of any float type,
+    and VIEW is among them; or else the vectors are those of the item `copy_from`, whose content has the same hash. A photo's
+    copy takes pixels, EXIF facts and `facts` from there too, as they come from the content, and the fields of this record
+    that hold them are not looked at; a text brings its own.
     """
 
     kind: str
     content_hash: str
     path: str | None = None
+    part: str = ""
     size: int = 0
     mtime_ns: int = 0
     on_mount: bool = False
@@ -63,5 +97,5 @@ class Put:
     format: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     item_id: int | None = None
-    vector: np.ndarray | None = None
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
     copy_from: int | None = None

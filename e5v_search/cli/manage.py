@@ -40,8 +40,8 @@ def status(collection: str, as_json: bool) -> None:
     ]
     for name, value in lines:
         click.echo(f"{click.style(f'{name:<10}', dim=True)}  {printable(value)}")
-    for path, reason in failures[:_SHOWN_FAILURES]:
-        click.echo(f"            {printable(path)}: {printable(reason)}")
+    for failure in failures[:_SHOWN_FAILURES]:
+        click.echo(f"            {printable(failure.where)}: {printable(failure.reason)}")
     if len(failures) > _SHOWN_FAILURES:
         click.echo(f"            … and {len(failures) - _SHOWN_FAILURES:,} more")
 

@@ -280,7 +280,7 @@ class Collection:
                 item = items.get(item_id)
                 if item is None or item_id in excluded or (threshold is not None and score < threshold):
                     continue
-                facts = (item.kind, item.path, item.text, item.width, item.height, item.taken_at)
+                facts = (item.kind, item.path, item.text, item.width, item.height, item.taken_at, item.part)
                 # stored rows are of length 1 but for the rounding of half precision
                 hits.append(Hit(len(hits) + 1, item_id, min(score, 1.0), *facts))
         return Hits(hits[:k], query.to_json(), self.catalog.fingerprint or "", watch.total())

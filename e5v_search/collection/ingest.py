@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from e5v_search import media
-from e5v_search.catalog import Catalog, FileRow, Put
+from e5v_search.catalog import VIEW, Catalog, Failed, FileRow, Put
 from e5v_search.collection.report import Failure, Report
 from e5v_search.embedder import Embedder
 from e5v_search.errors import MediaError
@@ -67,7 +67,7 @@ class Ingest:
 
     def run(self, roots: Sequence[str]) -> Report:
         start = time.monotonic()
-        self._failing = {path for path, _ in self.catalog.failures()}
+        self._failing = {f.path for f in self.catalog.failures() if f.kind == "image"}
         if self._on_progress is not None:
             self._total = sum(1 for _ in Scan(roots))  # a second look at the folders is cheap beside "time left: unknown"
         scan = Scan(roots)
@@ -185,7 +185,7 @@ class Ingest:
                 on_mount=found.on_mount,
                 content_hash=job.content_hash,
                 item_id=job.row.item_id if job.row else None,
-                vector=vector,
+                vectors={} if vector is None else {VIEW: vector},
                 copy_from=copy_from,
                 **({} if facts is None else facts.to_dict()),
             )
@@ -224,7 +224,10 @@ class Ingest:
         self._puts, self._touched, self._failed, self._recovered = [], [], [], []
         if puts or touched or failed or recovered:
             ids = self.catalog.commit(
-                puts=puts, touched=touched, failed=[(f.path, f.reason) for f in failed], recovered=recovered
+                puts=puts,
+                touched=touched,
+                failed=[Failed(f.path, "image", f.reason) for f in failed],
+                recovered=[(path, "image") for path in recovered],
             )
             self._on_commit(len(puts))
             for put, item_id in zip(puts, ids, strict=True):
@@ -245,7 +248,7 @@ class Ingest:
         still = {failure.path for failure in self.report.failed}.union(seen)
         cleared = [path for path in self._failing - still if scan.covers(path) and scan.keep_reason(path, False) is None]
         if cleared:
-            self.catalog.commit(recovered=cleared)
+            self.catalog.commit(recovered=[(path, "image") for path in cleared])
 
     def _progress(self) -> None:
         if self._on_progress is not None:

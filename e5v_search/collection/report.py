@@ -47,6 +47,7 @@ class Hit:
     width: int | None
     height: int | None
     taken_at: str | None
+    part: str | None  # which text of the file at `path`; None for photos
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
