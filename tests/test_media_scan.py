@@ -406,12 +406,10 @@ def reference(root: Path) -> set[str]:
     return real
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tree=trees())
-def test_random_trees_equal_a_plain_walk(tree: list[tuple[str, str, str]], tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path)
-    root, outside = tmp_path / "root", tmp_path / "outside"
-    root.mkdir(parents=True)
+def plant(tree: list[tuple[str, str, str]], base: Path) -> Path:
+    """Make `tree` in base/root, beside base/outside."""
+    root, outside = base / "root", base / "outside"
+    root.mkdir(parents=True, exist_ok=True)
     touch(outside / "o.jpg")
     touch(outside / "sub/p.png")
     for kind, place, target in tree:
@@ -426,6 +424,14 @@ def test_random_trees_equal_a_plain_walk(tree: list[tuple[str, str, str]], tmp_p
                 path.symlink_to({"a.jpg": outside / "o.jpg", "c": outside, "e": root}.get(target, root / target))
         except OSError:
             continue
+    return root
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=trees())
+def test_random_trees_equal_a_plain_walk(tree: list[tuple[str, str, str]], tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path)
+    root = plant(tree, tmp_path)
     found = scanned(root)
     assert found == scanned(root)
     assert len(found) == len(set(found))
@@ -441,3 +447,91 @@ def test_random_trees_equal_a_plain_walk(tree: list[tuple[str, str, str]], tmp_p
     assert {path for path in found if os.path.realpath(path) == path} == {
         p for p in own if p.lower().endswith((".jpg", ".png", ".gif"))
     }
+
+
+# looking at the changed parts only
+
+
+def update(known: dict[str, bool], roots: list[Path], *below: Path) -> dict[str, bool]:
+    """What is known (path -> on_mount) after a scan of the parts `below`, as a collection would keep it."""
+    scan = Scan(roots, below=[str(path) for path in below])
+    found = {f.path: f.on_mount for f in scan}
+    assert len(found) == len(list(scan)), "a file twice"
+    tops = tuple(scan.tops)
+    seen = {p for p in known if p in tops or p.startswith(tuple(f"{top.rstrip('/')}/" for top in tops))}
+    gone = {p for p in seen - found.keys() if scan.keep_reason(p, known[p]) is None}
+    return {p: m for p, m in (known | found).items() if p not in gone}
+
+
+_CHANGES = st.lists(
+    st.tuples(st.sampled_from(["delete", "move", "move in", "move out"]), *[st.integers(0, 99)] * 2), max_size=4
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(before=trees(), changes=_CHANGES, after=trees(), nested=st.booleans())
+def test_the_changed_parts_tell_as_much_as_the_whole(
+    before: list[tuple[str, str, str]],
+    changes: list[tuple[str, int, int]],
+    after: list[tuple[str, str, str]],
+    nested: bool,
+    tmp_path: Path,
+) -> None:
+    shutil.rmtree(tmp_path)
+    root = plant([entry for entry in before if entry[0] != "link"], tmp_path)
+    touch(root / "always.jpg")  # an empty root would stand for an unmounted disk
+    roots = [root, root / "e/c"] if nested else [root]
+    known = {f.path: f.on_mount for f in Scan(roots)}
+    changed = {root / place for _, place, _ in after}
+    changed |= {above for path in changed for above in path.parents if above.is_relative_to(root) and not above.exists()}
+    for how, i, j in changes:
+        places = sorted(p for p in root.rglob("*") if p.name != "always.jpg")
+        if not places:
+            break
+        path, other = places[i % len(places)], places[j % len(places)].parent / "moved.jpg"
+        if how == "delete":
+            (shutil.rmtree if path.is_dir() else os.unlink)(path)
+        elif how == "move" and not other.is_relative_to(path) and not other.exists():
+            path.rename(other)
+            changed.add(other)
+        elif how == "move out" and not (tmp_path / "away").exists():
+            path.rename(tmp_path / "away")
+        elif how == "move in" and not other.exists() and (tmp_path / "outside").exists():
+            (tmp_path / "outside").rename(other)
+            changed.add(other)
+        changed.add(path)
+    plant(after, tmp_path)
+    assert update(known, roots, *changed) == {f.path: f.on_mount for f in Scan(roots)}
+
+
+def test_parts_that_cannot_be_judged_keep_what_is_known(tmp_path: Path, mounted: tuple[Path, Callable[[], None]]) -> None:
+    point, unmount = mounted
+    root = tmp_path / "photos"
+    gone = [touch(root / "a.jpg"), touch(root / "b/c.jpg"), touch(point / "d.jpg"), touch(point / "e/f.jpg")]
+    known = {f.path: f.on_mount for f in Scan([root])}
+    unmount()
+    kept = update(known, [root], *gone)
+    assert kept == known
+    root.rename(tmp_path / "away")
+    assert update(known, [root], *gone, root) == known  # the root itself is not there
+    root.mkdir()
+    assert update(known, [root], *gone, root) == known  # or there, and empty
+    touch(root / "new.jpg")
+    assert update(known, [root], *gone).keys() == {str(path) for path in gone[2:]}  # the disk is still away
+
+
+def test_changed_files_among_the_roots(tmp_path: Path) -> None:
+    odd, inside, other = touch(tmp_path / "IMG.download"), touch(tmp_path / "in/x.jpg"), touch(tmp_path / "in/y.jpg")
+    roots = [odd, inside, tmp_path / "in", tmp_path / "in/.hidden"]
+    hidden = touch(tmp_path / "in/.hidden/z.jpg")
+    touch(tmp_path / "in/.other/z.jpg")
+
+    def found(*below: Path) -> list[str]:
+        return [os.path.basename(f.path) for f in Scan(roots, below=[str(path) for path in below])]
+
+    assert found(odd) == ["IMG.download"]
+    assert found(inside) == ["x.jpg"]
+    assert found(inside, other, tmp_path / "in/none.jpg") == ["x.jpg", "y.jpg"]
+    assert found(hidden) == ["z.jpg"]
+    assert found(tmp_path / "in/.other/z.jpg", tmp_path / "in/.other") == []
+    assert sorted(found(tmp_path / "in", inside)) == ["x.jpg", "y.jpg"]

@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 # lower case
@@ -39,12 +39,18 @@ class Scan:
     - A folder is entered once, however many links or roots lead to it, and by its own name rather than by a link's.
     - A link to a file is taken when the scan does not come across the file itself; of several such links, the first.
 
-    Iterating fills `problems` (what could not be looked at) and `warnings`; `missing` are roots that are not there.
+    With `below` only what is, or lies below, one of these paths (absolute, under the roots, there or not) is looked at, and
+    judged as a scan of the whole would judge it. Where links come in, that takes a scan of the whole.
+
+    Iterating fills `problems` (what could not be looked at) and `warnings`; `missing` are roots that are not there, and
+    `tops` the paths whose content the scan has seen: what was known below them and was not found may be gone.
     """
 
-    def __init__(self, roots: Sequence[str | os.PathLike[str]]) -> None:
+    def __init__(self, roots: Sequence[str | os.PathLike[str]], below: Sequence[str] | None = None) -> None:
         self.roots = list(dict.fromkeys(os.path.realpath(os.fsdecode(root)) for root in roots))
         self._root_set = set(self.roots)
+        self._below = below
+        self.tops = self.roots
         self.missing = [root for root in self.roots if not _exists(root)]
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
@@ -64,8 +70,10 @@ class Scan:
     def __iter__(self) -> Iterator[Found]:
         self._reset()
         self.missing = []
+        self.tops = self.roots if self._below is None else list(self._below)
+        tops = set(self.tops)
         started: dict[str, _Id] = {}
-        folders: list[tuple[str, int]] = []
+        folders: dict[str, int] = {}  # roots, with their devices
         for root in self.roots:
             try:
                 status = os.stat(root)
@@ -77,17 +85,49 @@ class Scan:
                 continue
             started[root] = (status.st_dev, status.st_ino)
             if stat.S_ISDIR(status.st_mode):
-                folders.append((root, status.st_dev))
+                folders[root] = status.st_dev
             elif found := self._file(root, status, on_mount=False):
                 self._explicit.add(root)
-                yield found
-        for root, device in folders:
-            yield from self._walk(root, device)
-        yield from self._follow_links()
+                if _at_or_above(root, tops):
+                    yield found
+        if self._below is not None:
+            yield from self._look_at_tops(folders, tops)
+        if self.tops is self.roots:
+            for root, device in folders.items():
+                yield from self._walk(root, device)
+            yield from self._follow_links()
         for root, identity in started.items():
             # a disk that goes away during the scan looks like a folder with fewer files
             if _identity(root) != identity:
                 self._lose(root)
+
+    def _look_at_tops(self, folders: Mapping[str, int], tops: Set[str]) -> Iterator[Found]:
+        """What `below` asks for. Where a link is met, `tops` become the roots, which are to be walked for what is left."""
+        files: list[Found] = []
+        for top in sorted(tops):
+            root = next((root for root in self._roots_of(top) if root in folders), None)
+            if root is None or _hidden(top, root) or _at_or_above(os.path.dirname(top), tops):
+                continue
+            if os.path.realpath(top) != top:
+                self.tops = self.roots
+                return
+            try:
+                if top != root and not os.listdir(root):
+                    self._empty.add(root)
+                status = os.stat(top)
+                if stat.S_ISDIR(status.st_mode):
+                    yield from self._walk(top, folders[root])
+                elif _has_photo_suffix(top) and top not in self._explicit:
+                    on_mount = os.stat(os.path.dirname(top)).st_dev != folders[root]
+                    files += filter(None, [self._file(top, status, on_mount)])
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                self._cannot_enter(top, error)
+        if self._linked:
+            self.tops = self.roots
+            return
+        yield from files
 
     def _lose(self, root: str) -> None:
         self.missing.append(root)
@@ -110,7 +150,7 @@ class Scan:
                 self._cannot_enter(path, error)
                 continue
             self._entered.add(identity)
-            if not entries and path == top:
+            if not entries and path == top and (path in self._root_set or os.path.islink(path)):
                 self._empty.add(path)
             folders: list[str] = []
             # the device of the folder, not of its files: an overlay file system gives files other devices
@@ -223,14 +263,7 @@ class Scan:
 
     def _roots_of(self, path: str) -> list[str]:
         """The roots that are `path` or above it, innermost first."""
-        roots = []
-        while True:
-            if path in self._root_set:
-                roots.append(path)
-            above = os.path.dirname(path)
-            if above == path:
-                return roots
-            path = above
+        return _at_or_above(path, self._root_set)
 
     def _state(self, folder: str) -> tuple[str | None, int]:
         """Why the content of `folder` cannot be known now (None: it can), and the device of its nearest existing ancestor."""
@@ -283,6 +316,23 @@ def _escaped(char: str) -> str:
 
 def _has_photo_suffix(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _at_or_above(path: str, those: Set[str]) -> list[str]:
+    """Of `those` paths the ones that are `path` or above it, innermost first."""
+    found = []
+    while True:
+        if path in those:
+            found.append(path)
+        above = os.path.dirname(path)
+        if above == path:
+            return found
+        path = above
+
+
+def _hidden(path: str, root: str) -> bool:
+    """Whether a name on the way from `root` down to `path` begins with a dot."""
+    return f"{os.sep}." in path[len(root.rstrip(os.sep)) :]
 
 
 def _exists(path: str) -> bool:
