@@ -1,5 +1,7 @@
 """`index`: photos into a collection."""
 
+import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +21,13 @@ if TYPE_CHECKING:
         "e5v-search index",
         "e5v-search index photos -c holidays --model e5v-tiny --device cpu --dtype float32",
         "e5v-search index photos dog.jpg --json --quiet",
+        "e5v-search index photos --watch",
     )
 )
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 @collection_option
 @model_options
+@click.option("--watch", is_flag=True, help="Go on: bring in whatever happens in the folders, until stopped.")
 @json_option
 @quiet_option
 @debug_option
@@ -36,6 +40,7 @@ def index(
     device: str,
     dtype: str,
     quantize: str | None,
+    watch: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -43,36 +48,51 @@ def index(
 
     Only what is new or has changed is read; what was deleted leaves the results. Without PATHS, everything that was
     indexed before is looked through again. It can be stopped at any time and goes on where it was.
+
+    With --watch it does not end: what is added, changed, renamed or deleted in the folders is in the results seconds
+    later, until Ctrl-C or SIGTERM. With --json each change is a line of its own.
     """
-    from e5v_search.collection import Collection, ModelChoice
+    from e5v_search.collection import Collection, Follower, ModelChoice
 
     with Collection.open(collection, ModelChoice(model, device, dtype, quantize), create=bool(paths)) as target:
         roots = [str(path) for path in paths] or [path for path, _ in target.catalog.roots()]
         if not roots:
             raise click.UsageError(f"nothing was indexed into {target.path} before: say which folder to index")
+        follower = Follower(target, roots, lambda line: None if quiet else click.echo(printable(line), err=True))
         with Progress("Indexing", "photo", quiet) as progress:
 
             def show(report: "Report", total: int) -> None:
                 progress.update(report.done, total, len(report.failed))
 
             try:
-                report = target.ingest(roots, on_progress=show)
+                reports = follower.run(show)
+                report = next(reports) if watch else target.ingest(roots, on_progress=show)
             except KeyboardInterrupt:
                 kept = count(target.catalog.count()["image"], "photo")
                 raise KeyboardInterrupt(f"{kept} kept in {target.path}, and the same command goes on from there") from None
-        place = target.path
-    if not quiet:
-        for line in report.warnings:
-            warn(line)
-        if not report.done and not report.warnings:
-            warn(_nothing_found(roots))
+        _tell(report, as_json, quiet)
+        if not quiet:
+            if not report.done and not report.warnings:
+                warn(_nothing_found(roots))
+            if not as_json:
+                click.echo(f"{_summary(report)} ({printable(str(target.path))})")
+        if watch:
+            with closing(reports), suppress(KeyboardInterrupt):
+                for report in reports:
+                    _tell(report, as_json, quiet)
+                    if not quiet and not as_json and (report.added or report.updated or report.removed):
+                        changes = f"+{report.added:,} ~{report.updated:,} -{report.removed:,}"
+                        click.echo(f"{time.strftime('%H:%M:%S')}  {changes}", err=True)
+        elif report.failed:
+            ctx.exit(1)
+
+
+def _tell(report: "Report", as_json: bool, quiet: bool) -> None:
+    for line in () if quiet else report.warnings:
+        warn(line)
     print_failures(report.failed)
     if as_json:
         print_json({name: value for name, value in report.to_json().items() if name != "warnings"})
-    elif not quiet:
-        click.echo(f"{_summary(report)} ({printable(str(place))})")
-    if report.failed:
-        ctx.exit(1)
 
 
 def _summary(report: "Report") -> str:

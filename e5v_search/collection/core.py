@@ -165,16 +165,26 @@ class Collection:
             lock.release()
 
     def ingest(
-        self, paths: Sequence[str | os.PathLike[str]], on_progress: Callable[[Report, int], None] | None = None
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        on_progress: Callable[[Report, int], None] | None = None,
+        *,
+        below: Sequence[str] | None = None,
+        unfinished: Callable[[str], bool] | None = None,
+        save: bool = True,
     ) -> Report:
         """Bring the photos under `paths` (files and folders) into the collection: new, changed, moved and vanished ones.
 
         `on_progress(report, files in all)` is called as it goes. An unusable file is listed in `report.failed` and ends
         nothing. Raises UnreadableFile for a path that neither exists nor ever held photos of this collection, DiskFull,
         CollectionBusy.
+
+        For those who follow the folders: `below` looks only at what is, or lies below, these absolute paths under `paths`;
+        of a file that cannot be used `unfinished(path)` says whether to leave it alone for now; without `save` the index
+        file may stay behind the catalog, until `save_index`.
         """
         roots = _canonical(paths)
-        for root in roots:
+        for root in roots if below is None else ():
             if not os.path.lexists(root) and next(self.catalog.paths_under([root]), None) is None:
                 raise UnreadableFile(f"no such file or folder: {root}")
         self._refuse_another_model()
@@ -190,14 +200,19 @@ class Collection:
                     self.indexes.sync()
                     behind = 0
 
-            ingest = Ingest(self.catalog, self.embedder, committed, on_progress)
+            ingest = Ingest(self.catalog, self.embedder, committed, on_progress, unfinished)
             try:
-                ingest.run(roots)
+                ingest.run(roots, below)
             finally:
                 with suppress(CollectionError):  # what failed first, a full disk say, is the error to report
                     self.catalog.finish_run(run, ingest.report.to_json())
                     self.indexes.sync()
         return ingest.report
+
+    def save_index(self) -> None:
+        """Bring the index file to the catalog's state. Raises CollectionBusy, DiskFull, CollectionReadOnly."""
+        with self._writing():
+            self.indexes.sync()
 
     def _refuse_another_model(self) -> None:
         """A wrong --model is refused even when nothing needs embedding."""

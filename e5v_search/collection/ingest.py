@@ -41,7 +41,11 @@ class _Job:
 
 
 class Ingest:
-    """One run over `roots`. `embedder` is called only when something must be embedded."""
+    """One run over `roots`, or over what lies `below` some paths under them.
+
+    `embedder` is called only when something must be embedded. Of a file that cannot be used `unfinished(path)` may say
+    that it is still being written: then it is left as it is, and not even listed.
+    """
 
     def __init__(
         self,
@@ -49,12 +53,14 @@ class Ingest:
         embedder: Callable[[], Embedder],
         on_commit: Callable[[int], None],
         on_progress: Callable[[Report, int], None] | None = None,
+        unfinished: Callable[[str], bool] | None = None,
     ) -> None:
         self.catalog = catalog
         self.report = Report()
         self._embedder = embedder
         self._on_progress = on_progress
         self._on_commit = on_commit
+        self._unfinished = unfinished
         self._total = 0
         self._puts: list[Put] = []
         self._touched: list[FileRow] = []
@@ -65,12 +71,14 @@ class Ingest:
         self._last_commit = time.monotonic()
         self._batch = 1  # grows with the measured rate
 
-    def run(self, roots: Sequence[str]) -> Report:
+    def run(self, roots: Sequence[str], below: Sequence[str] | None = None) -> Report:
         start = time.monotonic()
         self._failing = {f.path for f in self.catalog.failures() if f.kind == "image"}
         if self._on_progress is not None:
-            self._total = sum(1 for _ in Scan(roots))  # a second look at the folders is cheap beside "time left: unknown"
-        scan = Scan(roots)
+            self._total = sum(
+                1 for _ in Scan(roots, below)
+            )  # a second look at the folders is cheap beside "time left: unknown"
+        scan = Scan(roots, below)
         seen: list[str] = []
         try:
             with (
@@ -81,7 +89,7 @@ class Ingest:
             for problem in scan.problems:
                 self._fail(problem.path, problem.reason)
             self._commit()
-            self._forget_vanished(scan, roots, seen)
+            self._forget_vanished(scan, seen)
         finally:
             # Ctrl-C or an error: what is embedded is kept
             self._commit()
@@ -205,6 +213,8 @@ class Ingest:
             self._fail(each.found.path, reason)
 
     def _fail(self, path: str, reason: str) -> None:
+        if self._unfinished is not None and self._unfinished(path):
+            return
         failure = Failure(path, reason)
         self.report.failed.append(failure)
         self._failed.append(failure)
@@ -237,9 +247,9 @@ class Ingest:
         if self._puts:
             self._commit()
 
-    def _forget_vanished(self, scan: Scan, roots: Sequence[str], seen: list[str]) -> None:
+    def _forget_vanished(self, scan: Scan, seen: list[str]) -> None:
         gone = []
-        for row in self.catalog.unseen(scan.roots, seen):
+        for row in self.catalog.unseen(scan.tops, seen):
             if scan.keep_reason(row.path, row.on_mount) is None:
                 gone.append(row.item_id)
         for ids in windows(gone, 4096):

@@ -88,7 +88,7 @@ class Scan:
                 folders[root] = status.st_dev
             elif found := self._file(root, status, on_mount=False):
                 self._explicit.add(root)
-                if _at_or_above(root, tops):
+                if roots_above(root, tops):
                     yield found
         if self._below is not None:
             yield from self._look_at_tops(folders, tops)
@@ -106,7 +106,7 @@ class Scan:
         files: list[Found] = []
         for top in sorted(tops):
             root = next((root for root in self._roots_of(top) if root in folders), None)
-            if root is None or _hidden(top, root) or _at_or_above(os.path.dirname(top), tops):
+            if root is None or hidden_below(root, top) or roots_above(os.path.dirname(top), tops):
                 continue
             if os.path.realpath(top) != top:
                 self.tops = self.roots
@@ -263,7 +263,7 @@ class Scan:
 
     def _roots_of(self, path: str) -> list[str]:
         """The roots that are `path` or above it, innermost first."""
-        return _at_or_above(path, self._root_set)
+        return roots_above(path, self._root_set)
 
     def _state(self, folder: str) -> tuple[str | None, int]:
         """Why the content of `folder` cannot be known now (None: it can), and the device of its nearest existing ancestor."""
@@ -318,11 +318,11 @@ def _has_photo_suffix(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _at_or_above(path: str, those: Set[str]) -> list[str]:
-    """Of `those` paths the ones that are `path` or above it, innermost first."""
+def roots_above(path: str, roots: Set[str]) -> list[str]:
+    """Those of `roots` that are `path` or above it, innermost first."""
     found = []
     while True:
-        if path in those:
+        if path in roots:
             found.append(path)
         above = os.path.dirname(path)
         if above == path:
@@ -330,7 +330,7 @@ def _at_or_above(path: str, those: Set[str]) -> list[str]:
         path = above
 
 
-def _hidden(path: str, root: str) -> bool:
+def hidden_below(root: str, path: str) -> bool:
     """Whether a name on the way from `root` down to `path` begins with a dot."""
     return f"{os.sep}." in path[len(root.rstrip(os.sep)) :]
 

@@ -1,0 +1,153 @@
+"""Which paths under some roots may have changed: the system's notices, and the roots themselves that come and go."""
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from e5v_search.media.scan import hidden_below, roots_above
+
+TICK = 0.2  # seconds that a call of `wait` takes when nothing happens
+_ROOTS_EVERY = 1.0  # seconds
+_REOPEN_AFTER = 10.0  # seconds without notices after a name that they cannot tell
+_MOUNTS = "/proc/self/mountinfo"
+
+Signature = tuple[int, ...] | None
+
+
+class Changes:
+    """Notices of what happens under `roots` (absolute paths without links), from the moment of creation.
+
+    A root may be missing, and vanish and come back at any time. `unwatched` are the roots for which there are no notices
+    at present, which `note` is told of in a line: these have to be looked through now and then. A notice may be lost, and
+    one may come for nothing.
+    """
+
+    def __init__(self, roots: Sequence[str], note: Callable[[str], None]) -> None:
+        self.roots = list(roots)
+        self.unwatched: set[str] = set()
+        self._root_set = set(roots)
+        self._note = note
+        self._noted: set[str] = set()
+        self._stream: Generator[set[Any], None, None] | None = None
+        self._reopen_at = float("inf")
+        self._signatures = {root: signature(root) for root in self.roots}
+        self._mounts = _mounts_below(self.roots)
+        self._look_at_roots_at = 0.0
+        self._open()
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def wait(self) -> set[str]:
+        """Paths that may have changed since the last call, after at most about TICK seconds.
+
+        A root among them stands for everything under it. Raises KeyboardInterrupt when one is pending.
+        """
+        if (now := time.monotonic()) >= self._look_at_roots_at:
+            self._look_at_roots_at = now + _ROOTS_EVERY
+            if changed := self._changed_roots():
+                return changed
+        if now >= self._reopen_at:
+            self._open()
+            return set(self.roots)
+        if self._stream is None:
+            time.sleep(TICK)
+            return set()
+        try:
+            paths = {path for _, path in next(self._stream)}
+        except (RuntimeError, OSError) as error:
+            self._stumble(error)
+            return set(self.roots)
+        return {path for path in paths if any(not hidden_below(root, path) for root in roots_above(path, self._root_set))}
+
+    def _open(self) -> None:
+        """Begin anew: notices end silently with the folder that they were asked for."""
+        from watchfiles import watch
+
+        self.close()
+        self._reopen_at = float("inf")
+        outermost = [root for root in self.roots if not roots_above(os.path.dirname(root), self._root_set)]
+        told = [root for root in outermost if os.path.isdir(root) and _is_text(root)]
+        self.unwatched = {root for root in outermost if not _is_text(root)}
+        if not told:
+            return
+        self._stream = watch(
+            *told,
+            watch_filter=None,
+            debounce=int(TICK * 1000),
+            rust_timeout=int(TICK * 1000),
+            yield_on_timeout=True,
+            ignore_permission_denied=True,
+            poll_delay_ms=2000,
+        )
+        try:
+            next(self._stream)  # nothing is watched before this
+        except (RuntimeError, OSError) as error:
+            self._stumble(error)
+
+    def _stumble(self, error: Exception) -> None:
+        self.close()
+        self.unwatched = {root for root in self.roots if os.path.isdir(root)}
+        reason = str(error)
+        if "limit" in reason or "os error 24" in reason:
+            name = "max_user_watches" if "limit" in reason else "max_user_instances"
+            self._note_once(
+                f"the system watches no more folders (fs.inotify.{name} is reached): the folders are looked through now and "
+                f"then instead, which takes longer; raise the limit with: sudo sysctl fs.inotify.{name}=1048576"
+            )
+            return
+        self._reopen_at = time.monotonic() + _REOPEN_AFTER
+        if "decode path" not in reason and not isinstance(error, FileNotFoundError):
+            self._note_once(f"the system's notices of changes failed ({reason}): the folders are looked through instead")
+
+    def _note_once(self, line: str) -> None:
+        if line not in self._noted:
+            self._noted.add(line)
+            self._note(line)
+
+    def _changed_roots(self) -> set[str]:
+        signatures = {root: signature(root) for root in self.roots}
+        changed = {root for root in self.roots if signatures[root] != self._signatures[root]}
+        mounts = _mounts_below(self.roots)
+        if mounts != self._mounts or any(os.path.isdir(root) or _was_folder(self._signatures[root]) for root in changed):
+            self._open()
+            changed = set(self.roots)
+        self._signatures, self._mounts = signatures, mounts
+        return changed
+
+
+def signature(path: str) -> Signature:
+    """What changes when another folder takes this one's place, or when a file is written; None where nothing can be seen."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    identity = (status.st_dev, status.st_ino)
+    return identity if os.path.isdir(path) else (*identity, status.st_size, status.st_mtime_ns)
+
+
+def _was_folder(before: Signature) -> bool:
+    return before is not None and len(before) == 2
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8, which the library cannot be given
+        return False
+    return True
+
+
+def _mounts_below(roots: Iterable[str]) -> frozenset[tuple[str, str]]:
+    """(device, mount point) of what is mounted at or below the roots; the system gives no notice of that. Linux only."""
+    with suppress(OSError), open(_MOUNTS, "rb") as file:
+        fields = [line.split() for line in file]
+        # \040 and the like stand for white space and the backslash
+        points = ((os.fsdecode(f[2]), f[4].decode("unicode_escape").encode("latin-1")) for f in fields if len(f) > 4)
+        known = set(roots)
+        return frozenset((device, os.fsdecode(point)) for device, point in points if roots_above(os.fsdecode(point), known))
+    return frozenset()
