@@ -168,46 +168,53 @@ class Collection:
         self,
         paths: Sequence[str | os.PathLike[str]],
         on_progress: Callable[[Report, int], None] | None = None,
-        *,
-        below: Sequence[str] | None = None,
         unfinished: Callable[[str], bool] | None = None,
-        save: bool = True,
     ) -> Report:
         """Bring the photos under `paths` (files and folders) into the collection: new, changed, moved and vanished ones.
 
         `on_progress(report, files in all)` is called as it goes. An unusable file is listed in `report.failed` and ends
-        nothing. Raises UnreadableFile for a path that neither exists nor ever held photos of this collection, DiskFull,
-        CollectionBusy.
-
-        For those who follow the folders: `below` looks only at what is, or lies below, these absolute paths under `paths`;
-        of a file that cannot be used `unfinished(path)` says whether to leave it alone for now; without `save` the index
-        file may stay behind the catalog, until `save_index`.
+        nothing; one of which `unfinished(path)` says that it may still be being written is left as it is. Raises
+        UnreadableFile for a path that neither exists nor ever held photos of this collection, DiskFull, CollectionBusy.
         """
         roots = _canonical(paths)
-        for root in roots if below is None else ():
+        for root in roots:
             if not os.path.lexists(root) and next(self.catalog.paths_under([root]), None) is None:
                 raise UnreadableFile(f"no such file or folder: {root}")
         self._refuse_another_model()
         with self._writing():
             self.catalog.add_roots((root, "image") for root in roots)
             run = self.catalog.start_run()
-            behind = 0
-
-            def committed(puts: int) -> None:
-                nonlocal behind
-                behind += puts
-                if behind >= _SYNC_AFTER or self.indexes.missing:
-                    self.indexes.sync()
-                    behind = 0
-
-            ingest = Ingest(self.catalog, self.embedder, committed, on_progress, unfinished)
+            ingest = self._ingest(on_progress, unfinished)
             try:
-                ingest.run(roots, below)
+                ingest.run(roots)
             finally:
                 with suppress(CollectionError):  # what failed first, a full disk say, is the error to report
                     self.catalog.finish_run(run, ingest.report.to_json())
                     self.indexes.sync()
         return ingest.report
+
+    def ingest_changes(
+        self, roots: Sequence[str], below: Sequence[str], unfinished: Callable[[str], bool] | None = None
+    ) -> Report:
+        """As `ingest`, of roots that were ingested before, but look only at what is, or lies below, the paths `below`.
+
+        All paths are absolute and without links. The index file may stay behind the catalog, which searches make up for,
+        until `save_index`.
+        """
+        with self._writing():
+            return self._ingest(None, unfinished).run(roots, below)
+
+    def _ingest(self, on_progress: Callable[[Report, int], None] | None, unfinished: Callable[[str], bool] | None) -> Ingest:
+        behind = 0
+
+        def committed(puts: int) -> None:
+            nonlocal behind
+            behind += puts
+            if behind >= _SYNC_AFTER or self.indexes.missing:
+                self.indexes.sync()
+                behind = 0
+
+        return Ingest(self.catalog, self.embedder, committed, on_progress, unfinished)
 
     def save_index(self) -> None:
         """Bring the index file to the catalog's state. Raises CollectionBusy, DiskFull, CollectionReadOnly."""

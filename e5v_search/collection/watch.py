@@ -69,7 +69,6 @@ class Follower:
         try:
             while (report := self._look(None, on_progress)) is None:
                 time.sleep(_RETRY_BUSY)
-            self._save()
             yield report
             while True:
                 self._notice(changes.wait())
@@ -83,8 +82,9 @@ class Follower:
                     self._save()
         finally:
             changes.close()
-            with suppress(CollectionError):  # a search makes up for it
-                self._save()
+            if self._save_at is not None:
+                with suppress(CollectionError):  # searches make up for it
+                    self._save()
 
     def _notice(self, paths: set[str]) -> None:
         now = time.monotonic()
@@ -141,9 +141,10 @@ class Follower:
         start = time.monotonic()
         self._looking_at = set(paths or ())
         try:
-            report = self.collection.ingest(
-                self.roots, on_progress, below=paths, unfinished=self._may_become_usable, save=False
-            )
+            if paths is None:
+                report = self.collection.ingest(self.roots, on_progress, self._may_become_usable)
+            else:
+                report = self.collection.ingest_changes(self.roots, paths, self._may_become_usable)
         except (CollectionBusy, DiskFull) as error:
             for path in self._looking_at:
                 self._changed.setdefault(path, _Waiting(signature(path), start - SETTLE))
@@ -156,14 +157,15 @@ class Follower:
             self._note("going on")
             self._trouble = None
         self._last_chance -= self._looking_at
-        if paths is None or paths is self.roots:
+        whole = paths is None or self._looking_at.issuperset(self.roots)
+        if whole:
             self._looked_at = time.monotonic()
             # embedding is work that had to be done
             self._look_seconds = self._looked_at - start if not (report.added or report.updated) else self._look_seconds
             self._look_soon = False
-        if self._save_at is None and (report.added or report.updated or report.removed):
+        if paths is not None and self._save_at is None and (report.added or report.updated or report.removed):
             self._save_at = time.monotonic() + max(SAVE_EVERY, self._save_seconds / _SHARE)
-        self._tell_only_news(report, whole=paths is None or paths is self.roots)
+        self._tell_only_news(report, whole)
         return report
 
     def _may_become_usable(self, path: str) -> bool:

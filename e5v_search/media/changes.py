@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 from e5v_search.media.scan import hidden_below, roots_above
@@ -59,6 +59,11 @@ class Changes:
             return set()
         try:
             paths = {path for _, path in next(self._stream)}
+            folders = [path for path in paths if os.path.isdir(path)]
+            if any(os.path.islink(path) for path in folders):
+                self._open()  # links to folders are followed only by a watch that begins
+            elif folders:
+                self._probe()  # a new folder is watched as well, or silently not
         except (RuntimeError, OSError) as error:
             self._stumble(error)
             return set(self.roots)
@@ -66,28 +71,24 @@ class Changes:
 
     def _open(self) -> None:
         """Begin anew: notices end silently with the folder that they were asked for."""
-        from watchfiles import watch
-
         self.close()
         self._reopen_at = float("inf")
         outermost = [root for root in self.roots if not roots_above(os.path.dirname(root), self._root_set)]
-        told = [root for root in outermost if os.path.isdir(root) and _is_text(root)]
+        self._told = [root for root in outermost if os.path.isdir(root) and _is_text(root)]
         self.unwatched = {root for root in outermost if not _is_text(root)}
-        if not told:
+        if not self._told:
             return
-        self._stream = watch(
-            *told,
-            watch_filter=None,
-            debounce=int(TICK * 1000),
-            rust_timeout=int(TICK * 1000),
-            yield_on_timeout=True,
-            ignore_permission_denied=True,
-            poll_delay_ms=2000,
-        )
+        self._stream = _notices(*self._told)
         try:
             next(self._stream)  # nothing is watched before this
+            self._probe()
         except (RuntimeError, OSError) as error:
             self._stumble(error)
+
+    def _probe(self) -> None:
+        """Raise where the system watches no more folders; of a folder below another the library does not tell that."""
+        with closing(_notices(self._told[0], recursive=False)) as one_more:
+            next(one_more)
 
     def _stumble(self, error: Exception) -> None:
         self.close()
@@ -118,6 +119,24 @@ class Changes:
             changed = set(self.roots)
         self._signatures, self._mounts = signatures, mounts
         return changed
+
+
+def _notices(*folders: str, recursive: bool = True) -> Generator[set[Any], None, None]:
+    """Sets of (kind of change, path), an empty one after TICK seconds without any."""
+    from watchfiles import watch
+
+    milliseconds = int(TICK * 1000)
+    return watch(
+        *folders,
+        watch_filter=None,
+        debounce=milliseconds,
+        rust_timeout=milliseconds,
+        yield_on_timeout=True,
+        poll_delay_ms=2000,
+        recursive=recursive,
+        # of a folder that may not be read the scan tells
+        ignore_permission_denied=recursive,
+    )
 
 
 def signature(path: str) -> Signature:

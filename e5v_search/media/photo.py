@@ -230,6 +230,6 @@ def _decoder_errors(name: str) -> Iterator[None]:
         raise PictureTooLarge(str(error)) from error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, EOFError | struct.error) or "truncat" in reason or "nexpected end" in reason:
+        if isinstance(error, EOFError | struct.error) or "truncat" in reason.lower() or "nexpected end" in reason:
             raise NotAPicture(f"truncated {name}: the file ends before the picture does") from error
         raise NotAPicture(f"damaged {name}: {reason}") from error
