@@ -1,6 +1,7 @@
 """What the tests of the command line share: running it here or in a process of its own, and a folder of photos."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +33,19 @@ def refused(code: int, *args: str | os.PathLike[str]) -> str:
 def start(*args: str | os.PathLike[str], **options: Any) -> "subprocess.Popen[bytes]":
     """The command in a process of its own. Paths must be absolute: it starts in the project's root."""
     command = [sys.executable, "-m", "e5v_search", *(os.fspath(arg) for arg in args)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, **(pipes | options))
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **({"cwd": Path(__file__).parent.parent} | pipes | options))
+
+
+def follow_and_stop(*args: str) -> tuple[int, str]:
+    """(exit code, stdout) of a command with --watch in the working folder, told to stop when its first look is over."""
+    root = Path(__file__).parent.parent
+    process = start(*args, cwd=os.getcwd(), env=os.environ | {"PYTHONPATH": str(root)})
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    return process.returncode, (first + rest).decode()
 
 
 def write_photos(folder: Path, n: int, first: int = 0) -> list[Path]:

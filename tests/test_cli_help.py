@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
-from command_line import run, write_photos
+from command_line import follow_and_stop, run, write_photos
 
 from e5v_search.cli import cli
 from e5v_search.cli.printing import printable, size
@@ -68,6 +68,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("line", [line for _, line in examples()])
 def test_examples_run(place: Path, line: str) -> None:
     ours = re.split(r" [|>] ", line)[0]  # the rest is the shell's
+    if "--watch" in ours:
+        code, output = follow_and_stop(*shlex.split(ours)[1:])
+        assert code == 0, output
+        assert output
+        return
     result = run(*shlex.split(ours)[1:])
     assert result.exit_code == 0, result.output
     assert result.stdout or "--quiet" in ours

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from command_line import follow_and_stop
 
 from e5v_search.cli import cli
 
@@ -50,6 +51,8 @@ def run(line: str) -> tuple[int, str]:
     """One line of a page; what a shell does behind a pipe or an arrow is left to the shell."""
     words = [os.path.expanduser(word) for word in shlex.split(re.split(r"\s[|>]\s", line)[0], comments=True)]
     assert words[0] == "e5v-search"
+    if "--watch" in words:
+        return follow_and_stop(*words[1:])
     result = CliRunner().invoke(cli, words[1:], prog_name="e5v-search")
     return result.exit_code, result.output
 

@@ -70,21 +70,20 @@ def index(
             except KeyboardInterrupt:
                 kept = count(target.catalog.count()["image"], "photo")
                 raise KeyboardInterrupt(f"{kept} kept in {target.path}, and the same command goes on from there") from None
-        _tell(report, as_json, quiet)
-        if not quiet:
-            if not report.done and not report.warnings:
-                warn(_nothing_found(roots))
-            if not as_json:
-                click.echo(f"{_summary(report)} ({printable(str(target.path))})")
-        if watch:
-            with closing(reports), suppress(KeyboardInterrupt):
-                for report in reports:
-                    _tell(report, as_json, quiet)
-                    if not quiet and not as_json and (report.added or report.updated or report.removed):
-                        changes = f"+{report.added:,} ~{report.updated:,} -{report.removed:,}"
-                        click.echo(f"{time.strftime('%H:%M:%S')}  {changes}", err=True)
-        elif report.failed:
-            ctx.exit(1)
+        with closing(reports), suppress(*((KeyboardInterrupt,) if watch else ())):  # the way in which a watch ends
+            _tell(report, as_json, quiet)
+            if not quiet:
+                if not report.done and not report.warnings:
+                    warn(_nothing_found(roots))
+                if not as_json:
+                    click.echo(f"{_summary(report)} ({printable(str(target.path))})")
+            for change in reports if watch else ():
+                _tell(change, as_json, quiet)
+                if not quiet and not as_json and (change.added or change.updated or change.removed):
+                    counts = f"+{change.added:,} ~{change.updated:,} -{change.removed:,}"
+                    click.echo(f"{time.strftime('%H:%M:%S')}  {counts}", err=True)
+    if report.failed and not watch:
+        ctx.exit(1)
 
 
 def _tell(report: "Report", as_json: bool, quiet: bool) -> None:
