@@ -68,7 +68,7 @@ class Watched:
 
     def failed(self) -> list[str]:
         with Collection.open(self.place, create=False) as c:
-            return [os.path.relpath(path, self.photos) for path, _ in c.catalog.failures()]
+            return [os.path.relpath(failure.path, self.photos) for failure in c.catalog.failures()]
 
     def said(self) -> str:
         return Path(str(self.err.name)).read_text()
