@@ -16,6 +16,7 @@ import click
 
 from e5v_search import __version__
 from e5v_search.cli.doctor import doctor
+from e5v_search.cli.duplicates import duplicates
 from e5v_search.cli.embed import embed
 from e5v_search.cli.index import index
 from e5v_search.cli.manage import forget, rebuild, status, verify
@@ -75,7 +76,7 @@ def cli() -> None:
     """Find photos by a sentence, by another photo, or by a photo and a change to it."""
 
 
-for _command in (index, search, status, verify, rebuild, forget, embed, models, doctor):
+for _command in (index, search, duplicates, status, verify, rebuild, forget, embed, models, doctor):
     cli.add_command(_command)
 
 

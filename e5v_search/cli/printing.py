@@ -15,6 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from e5v_search.collection import Collection, Failure, Hit
+    from e5v_search.collection.duplicates import Photo
 
 # what could move the cursor, end the line, or turn the reading direction of what follows
 _ESCAPED = {"Cc", "Cs", "Zl", "Zp"}
@@ -104,7 +105,7 @@ def print_csv(hits: Sequence["Hit"]) -> None:
     _write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def print_paths(hits: Sequence["Hit"], end: bytes) -> None:
+def print_paths(hits: "Sequence[Hit | Photo]", end: bytes) -> None:
     """The files' names in the very bytes that the file system has, each followed by `end`."""
     _write(b"".join(os.fsencode(hit.path) + end for hit in hits if hit.path is not None))
 
