@@ -12,13 +12,14 @@ import pytest
 from command_line import refused, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import photo
 from PIL import Image, ImageEnhance
 
-from e5v_search import Collection, Embedder
+from e5v_search import Collection, Embedder, media
 from e5v_search.catalog import Catalog, Put
 from e5v_search.collection import duplicates as module
 from e5v_search.collection.chosen import stored
-from e5v_search.collection.duplicates import Duplicates, find_duplicates, leaders
+from e5v_search.collection.duplicates import Duplicates, find_duplicates, leaders, neighboured
 from e5v_search.errors import UsageError
 
 SAMPLES = Path(module.__file__).parent.parent / "samples"
@@ -86,10 +87,28 @@ def test_a_member_goes_with_the_most_similar_leader() -> None:
 def test_thousands_of_equal_rows_are_one_group() -> None:
     rows = np.random.default_rng(0).normal(size=(200, 16))
     x = unit(np.concatenate([rows, np.tile(rows[:1], (5000, 1))])).astype(np.float16)
-    calls: list[tuple[int, int]] = []
-    owner, _ = leaders(x, 0.999, lambda done, total: calls.append((done, total)))
-    assert owner.tolist() == [*range(200), *[0] * 5000]
-    assert calls[-1] == (5200, 5200)
+    assert leaders(x, 0.999)[0].tolist() == [*range(200), *[0] * 5000]
+    assert neighboured(x, 0.999).sum() == 5001
+
+
+def test_rows_are_alike_only_if_they_look_so() -> None:
+    x = np.tile([1.0, 0.0], (6, 1))
+    two = np.array([media.look(photo(200, 150, seed)) for seed in (1, 2)])
+    assert leaders(x, 0.9, two[[0, 1, 0, 1, 1, 0]])[0].tolist() == [0, 1, 0, 1, 1, 0]
+    assert leaders(x, 0.9)[0].tolist() == [0] * 6
+
+
+@settings(max_examples=60, deadline=None)
+@given(clustered(), st.sampled_from([0.5, 0.9, 0.999]), st.sampled_from([(1, 1), (3, 5), (7, 16)]))
+def test_neighboured_rows(x: np.ndarray, threshold: float, tile: tuple[int, int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_ROWS", tile[0])
+        patch.setattr(module, "_COLUMNS", tile[1])
+        found = neighboured(x, threshold)
+    cosines = unit(x.astype(np.float64)) @ unit(x.astype(np.float64)).T
+    np.fill_diagonal(cosines, -1)
+    clear = (np.abs(cosines - threshold) > 1e-5).all(axis=1)
+    assert (found == (cosines >= threshold).any(axis=1))[clear].all()
 
 
 def test_nothing_at_all() -> None:
@@ -129,7 +148,7 @@ def test_exact_and_near_groups(catalog: Catalog) -> None:
         ]
     )
     catalog.commit([Put(kind="text", content_hash="c", text="no photo", vector=np.array([1.0, 0.0]))])
-    found = find_duplicates(catalog, 0.99)
+    found = find_duplicates(catalog, 0.99, by_vectors=True)
     assert names(found) == [("exact", ["a", "b"]), ("near", ["c", "c copy", "c small"])]
     assert [(group.keep.path, group.bytes) for group in found.groups] == [("/photos/a", 1000), ("/photos/c", 9500)]
     assert (found.photos, found.redundant, found.bytes) == (6, 3, 10500)
@@ -170,7 +189,7 @@ def test_which_one_to_keep(catalog: Catalog, keep: str, order: list[str]) -> Non
     )
     kept = []
     while True:
-        groups = find_duplicates(catalog, 0.9, keep).groups
+        groups = find_duplicates(catalog, 0.9, keep, by_vectors=True).groups
         if not groups:
             break
         kept.append(Path(groups[0].keep.path).name)
@@ -282,6 +301,17 @@ def test_a_link_is_not_kept_in_place_of_what_it_leads_to(catalog: Catalog, tmp_p
     assert removable(catalog) == (["y.jpg"], ["z.jpg"])
 
 
+def test_photos_that_cannot_be_looked_at(catalog: Catalog, tmp_path: Path) -> None:
+    catalog.commit([put("gone", 0), put("gone too", 1), put("alone", 90)])
+    found = find_duplicates(catalog)
+    assert found.groups == []
+    assert [failure.path for failure in found.failed] == ["/photos/gone", "/photos/gone too"]
+    result = run("duplicates", "-c", str(tmp_path / "c"))
+    assert (result.exit_code, result.stdout) == (1, "no duplicates among 3 photos\n")
+    assert "/photos/gone: no such file or directory" in result.stderr
+    assert run("duplicates", "-c", str(tmp_path / "c"), "--by-vectors").exit_code == 0
+
+
 # the command
 
 
@@ -293,7 +323,7 @@ def test_the_command(photos: Path, tmp_path: Path) -> None:
     whole = run("duplicates", "-c", place)
     assert whole.stdout.count("  keep  ") == 3
     assert whole.stdout.splitlines()[-1].startswith("3 groups: 12 of 15 photos could go (")
-    bare = run("duplicates", "-c", place, "--threshold", "0.95", "--paths", "-0")
+    bare = run("duplicates", "-c", place, "--threshold", "0.9", "--paths", "-0")
     going = {os.fsdecode(path) for path in bare.stdout_bytes.split(b"\0")[:-1]}
     assert going == {
         item["path"]
@@ -308,7 +338,14 @@ def test_the_command(photos: Path, tmp_path: Path) -> None:
 
 def test_what_the_command_refuses(photos: Path) -> None:
     place = str(photos.parent / "c")
-    for words in (["--json", "--paths"], ["-0"], ["--exact", "--threshold", "0.9"], ["--threshold", "0"], ["--keep", "best"]):
+    for words in (
+        ["--json", "--paths"],
+        ["-0"],
+        ["--exact", "--threshold", "0.9"],
+        ["--exact", "--by-vectors"],
+        ["--threshold", "0"],
+        ["--keep", "best"],
+    ):
         assert run("duplicates", "-c", place, *words).exit_code == 2
     assert "no collection" in refused(3, "duplicates", "-c", str(photos.parent / "nowhere"))
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from e5v_search.cli.options import collection_option, debug_option, examples, json_option, quiet_option
-from e5v_search.cli.printing import count, print_json, print_paths, shown_path, size, warn
+from e5v_search.cli.printing import count, print_failures, print_json, print_paths, shown_path, size, warn
 from e5v_search.cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     epilog=examples(
         "e5v-search duplicates",
         "e5v-search duplicates -c holidays --threshold 0.98 --keep oldest",
+        "e5v-search duplicates --by-vectors --threshold 0.97",
         "e5v-search duplicates --exact --json",
         "e5v-search duplicates --quiet --paths -0 | xargs -0 ls -l",
     )
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     "--threshold",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SCORE",
-    help="How similar photos of a group are to the one to keep, as a cosine (default 0.95).",
+    help="How similar photos of a group are to the one to keep, as a cosine (default 0.9).",
 )
+@click.option("--by-vectors", is_flag=True, help="Let the cosine alone decide: other shots of the same scene too.")
 @click.option("--exact", is_flag=True, help="Only files that are the same byte for byte.")
 @click.option(
     "--keep",
@@ -40,9 +42,12 @@ if TYPE_CHECKING:
 @json_option
 @quiet_option
 @debug_option
+@click.pass_context
 def duplicates(
+    ctx: click.Context,
     collection: str,
     threshold: float | None,
+    by_vectors: bool,
     exact: bool,
     keep: str,
     as_paths: bool,
@@ -52,15 +57,15 @@ def duplicates(
 ) -> None:
     """Find photos that are there more than once, and say which to keep.
 
-    Groups hold copies of a file and, above the threshold, photos that look the same: saved again, smaller, cut a little.
-    Nothing is removed; --paths prints what could go for a command of yours.
+    Groups hold copies of a file, and the same picture saved again: smaller, brighter, cut a little. Nothing is removed;
+    --paths prints what could go, for a command of yours.
     """
     if as_json and as_paths:
         raise click.UsageError("--json and --paths exclude each other")
     if null and not as_paths:
         raise click.UsageError("-0 goes with --paths")
-    if exact and threshold is not None:
-        raise click.UsageError("--exact and --threshold exclude each other")
+    if exact and (by_vectors or threshold is not None):
+        raise click.UsageError("--exact excludes --threshold and --by-vectors")
     from e5v_search.collection import Collection
     from e5v_search.collection.duplicates import THRESHOLD, find_duplicates
 
@@ -68,7 +73,9 @@ def duplicates(
         Collection.open(collection, create=False) as source,
         Progress("Comparing", "photo", quiet) as progress,
     ):
-        found = find_duplicates(source.catalog, None if exact else threshold or THRESHOLD, keep, progress.update)
+        wanted = None if exact else threshold or THRESHOLD
+        found = find_duplicates(source.catalog, wanted, keep, by_vectors, progress.update)
+    print_failures(found.failed)
     if as_json:
         print_json(found.to_json())
     elif as_paths:
@@ -77,6 +84,8 @@ def duplicates(
         for group in found.groups:
             _print_group(group)
         click.echo(_summary(found))
+    if found.failed:
+        ctx.exit(1)
 
 
 def _print_removable(found: "Duplicates", end: bytes, quiet: bool) -> None:

@@ -1,24 +1,27 @@
-"""Photos that a collection holds more than once: the same bytes, or nearly the same picture.
+"""Photos that a collection holds more than once: the same bytes, or the same picture saved again.
 
+Vectors say which photos show nearly the same; of those, a tiny version of the pixels says which are the same picture.
 Photos are taken in the order in which one would keep them. Each joins the group of the most similar photo that is kept
-before it and scores the threshold with it; one that finds none is kept itself. So every photo that could go has a kept one
-within the threshold, no two kept ones are within it, and a chain of ever so slightly different photos does not become one
-group. Nothing here changes any file.
+before it; one that finds none is kept itself. So every photo that could go has its like among the kept ones, no two kept
+ones are alike, and a chain of ever so slightly different photos does not become one group. No file is changed.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from e5v_search import media
 from e5v_search.catalog import Catalog
 from e5v_search.collection.chosen import chosen, stored
-from e5v_search.errors import UsageError
-from e5v_search.parallel import windows
+from e5v_search.collection.report import Failure
+from e5v_search.errors import MediaError, UsageError
+from e5v_search.parallel import ahead, windows
 
-THRESHOLD = 0.95
+THRESHOLD = 0.9
 KEEP = ("largest", "oldest")
 _LOOKUP = 4096
 _ROWS, _COLUMNS = 1024, 4096  # of the tiles in which photos are compared
@@ -78,7 +81,8 @@ class Duplicates:
     collection: str
     threshold: float | None  # None: only the same bytes were looked for
     photos: int  # that were compared
-    groups: list[Group] = field(default_factory=list)
+    groups: list[Group]
+    failed: list[Failure]  # photos that may be near another but could not be looked at
 
     @property
     def redundant(self) -> int:
@@ -96,6 +100,7 @@ class Duplicates:
             "photos": self.photos,
             "redundant": self.redundant,
             "bytes": self.bytes,
+            "failed": [asdict(failure) for failure in self.failed],
         }
 
     def removable(self) -> tuple[list[Photo], list[Photo]]:
@@ -115,13 +120,18 @@ class Duplicates:
 
 
 def find_duplicates(
-    catalog: Catalog, threshold: float | None = THRESHOLD, keep: str = "largest", on_progress: Progress | None = None
+    catalog: Catalog,
+    threshold: float | None = THRESHOLD,
+    keep: str = "largest",
+    by_vectors: bool = False,
+    on_progress: Progress | None = None,
 ) -> Duplicates:
-    """The groups of equal and, with a threshold, of similar photos in a collection.
+    """The groups of photos of which one is enough.
 
-    `threshold` is a cosine above 0; None looks for equal bytes alone. `keep` is "largest" (most pixels, then most bytes,
-    then oldest) or "oldest" (by the camera's clock, photos without a date last, then by the file's time). What is equal in
-    all that is kept by path. `on_progress(photos compared, photos in all)` is called as it goes. Raises UsageError.
+    `threshold` is the cosine, above 0, that a photo needs with the one to keep; None looks for equal bytes alone. The two
+    must also look the same, unless `by_vectors`. `keep` is "largest" (most pixels, then most bytes, then oldest) or
+    "oldest" (by the camera's clock, photos without a date last, then by the file's time); what is equal in all that is
+    kept by path. `on_progress(steps done, steps in all)` is called as it goes. Raises UsageError.
     """
     if keep not in KEEP:
         raise UsageError(f"{keep!r} is no way to choose which photo to keep: take {' or '.join(KEEP)}")
@@ -134,48 +144,95 @@ def find_duplicates(
             copies.setdefault(photo.content_hash, []).append(photo)
         groups = {same[0].id: same for same in copies.values()}  # by the photo to keep
         ids, x = stored(catalog, np.array(list(groups) if threshold is not None else [], np.int64))
+    failed: list[Failure] = []
     if threshold is not None:
-        owners, scores = leaders(x, threshold, on_progress)
-        for n in np.flatnonzero(owners != np.arange(len(ids))).tolist():
-            joining = groups.pop(int(ids[n]))
+        near = np.flatnonzero(neighboured(x, threshold, on_progress))
+        looks = None
+        if not by_vectors:
+            looked = list(_looks([groups[item][0] for item in ids[near].tolist()], catalog.path.parent, len(ids), on_progress))
+            failed = [seen for seen in looked if isinstance(seen, Failure)]
+            near = near[[not isinstance(seen, Failure) for seen in looked]]
+            looks = np.array([seen for seen in looked if not isinstance(seen, Failure)])
+        owners, scores = leaders(x[near], threshold, looks)
+        for n in np.flatnonzero(owners != np.arange(len(near))).tolist():
+            joining = groups.pop(int(ids[near[n]]))
             for photo in joining:
                 photo.score = min(float(scores[n]), 1.0)
-            groups[int(ids[owners[n]])] += joining
+            groups[int(ids[near[owners[n]]])] += joining
     found = [_group(members) for members in groups.values() if len(members) > 1]
     found.sort(key=lambda group: (group.kind, -group.bytes, group.keep.path))
-    return Duplicates(str(catalog.path.parent), threshold, len(photos), found)
+    return Duplicates(str(catalog.path.parent), threshold, len(photos), found, failed)
 
 
-def leaders(x: np.ndarray, threshold: float, on_progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
+def neighboured(x: np.ndarray, threshold: float, on_progress: Progress | None = None) -> np.ndarray:
+    """-> (n,) bool: which rows of x (n, d) have a cosine of `threshold` or more with another. Memory: a tile of cosines."""
+    n = len(x)
+    found = np.zeros(n, bool)
+    for start in range(0, n, _ROWS):
+        rows = _unit(x[start : start + _ROWS])
+        for first in range(start, n, _COLUMNS):
+            near = rows @ _unit(x[first : first + _COLUMNS]).T >= threshold - _ROUNDING
+            np.fill_diagonal(near[first - start :], False)  # each row with itself
+            found[start : start + len(rows)] |= near.any(axis=1)
+            found[first : first + near.shape[1]] |= near.any(axis=0)
+        if on_progress is not None:
+            on_progress(start + len(rows), n)
+    return found
+
+
+def leaders(x: np.ndarray, threshold: float, looks: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """-> (owner (n,) int64, score (n,) float32): which row each row of x (n, d) belongs to, and its cosine with that.
 
-    Rows come in order of preference. A row leads (`owner[i] == i`) if its cosine with every leader before it is below
-    `threshold`; any other belongs to the leader before it that is most similar. Memory is that of one tile of cosines.
+    Rows come in order of preference. Two are alike if their cosine is `threshold` or more and, where `looks` (n, cuts, l)
+    are given, they look alike. A row leads (`owner[i] == i`) if it is alike to no leader before it; any other belongs to
+    the most similar of those. Memory is that of some tiles of cosines.
     """
     n = len(x)
     owner = np.arange(n)
     score = np.full(n, -np.inf, np.float32)
 
-    def offer(led: np.ndarray, first: int, cosines: np.ndarray) -> None:
-        """To the rows from `first` on: the leaders `led` (m,), with the cosines (m, rows) between them."""
-        best = cosines.argmax(axis=0)
-        top = cosines[best, np.arange(cosines.shape[1])]
-        taken = first + np.flatnonzero((top >= threshold - _ROUNDING) & (top > score[first : first + len(top)]))
-        owner[taken], score[taken] = led[best[taken - first]], top[taken - first]
+    def cosines(led: np.ndarray, rows: np.ndarray, others: slice) -> np.ndarray:
+        """Of `rows`, the vectors of `led` (m,), with the `others`; -inf where they are not alike."""
+        D: np.ndarray = rows @ _unit(x[others]).T
+        near = threshold - _ROUNDING <= D
+        if looks is not None and near.any():
+            near &= media.alike(looks[led], looks[others])
+        D[~near] = -np.inf
+        return D
+
+    def offer(led: np.ndarray, D: np.ndarray, first: int) -> None:
+        """To the rows from `first` on: the leaders `led` (m,), with the cosines D (m, rows) between them."""
+        best = D.argmax(axis=0)
+        top = D[best, np.arange(D.shape[1])]
+        better = np.flatnonzero(top > score[first : first + len(top)])
+        owner[first + better], score[first + better] = led[best[better]], top[better]
 
     for start in range(0, n, _ROWS):
-        stop = min(start + _ROWS, n)
-        rows = _unit(x[start:stop])
-        among = rows @ rows.T
-        for i in np.flatnonzero(np.triu(among >= threshold - _ROUNDING, 1).any(axis=1)).tolist():
+        block = np.arange(start, min(start + _ROWS, n))
+        rows = _unit(x[block])
+        among = cosines(block, rows, slice(start, start + len(block)))
+        for i in np.flatnonzero(np.isfinite(np.triu(among, 1)).any(axis=1)).tolist():
             if owner[start + i] == start + i:
-                offer(np.array([start + i]), start + i + 1, among[i : i + 1, i + 1 :])
-        led = start + np.flatnonzero(owner[start:stop] == np.arange(start, stop))
-        for first in range(stop, n if len(led) else stop, _COLUMNS):
-            offer(led, first, rows[led - start] @ _unit(x[first : first + _COLUMNS]).T)
-        if on_progress is not None:
-            on_progress(stop, n)
+                offer(block[i : i + 1], among[i : i + 1, i + 1 :], start + i + 1)
+        leading = owner[block] == block
+        for first in range(start + len(block), n if leading.any() else start, _COLUMNS):
+            offer(block[leading], cosines(block[leading], rows[leading], slice(first, first + _COLUMNS)), first)
     return owner, score
+
+
+def _looks(photos: Sequence[Photo], folder: Path, before: int, on_progress: Progress | None) -> Iterator[np.ndarray | Failure]:
+    """The look of each photo, read in threads, or why there is none."""
+
+    def seen(photo: Photo) -> np.ndarray | Failure:
+        try:
+            return media.look(media.small(photo.path, photo.content_hash, folder / "thumbnails"))
+        except MediaError as error:
+            return Failure(photo.path, str(error))
+
+    for n, each in enumerate(ahead(seen, photos), start=1):
+        yield each
+        if on_progress is not None:
+            on_progress(before + n, before + len(photos))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

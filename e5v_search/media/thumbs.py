@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from e5v_search.errors import from_os_error
-from e5v_search.media.photo import read_photo
+from e5v_search.errors import CollectionReadOnly, DiskFull, from_os_error
+from e5v_search.media.photo import open_picture, read_photo
 
 
 def thumbnail(path: str | os.PathLike[str], content_hash: str, cache_dir: str | os.PathLike[str], size: int = 256) -> Path:
@@ -28,6 +28,16 @@ def thumbnail(path: str | os.PathLike[str], content_hash: str, cache_dir: str | 
     except OSError as error:
         raise from_os_error(error, cached) from error
     return cached
+
+
+def small(path: str | os.PathLike[str], content_hash: str, cache_dir: str | os.PathLike[str], size: int = 256) -> Image.Image:
+    """As `thumbnail`, but the picture itself, in RGB; where `cache_dir` takes no file it is made from the photo each time."""
+    try:
+        return open_picture(thumbnail(path, content_hash, cache_dir, size))
+    except (CollectionReadOnly, DiskFull):
+        image = open_picture(Path(path))
+        image.thumbnail((size, size), Image.Resampling.LANCZOS)
+        return image
 
 
 def _place(cache_dir: Path, content_hash: str, size: int) -> Path:
