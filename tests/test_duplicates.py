@@ -16,7 +16,7 @@ from pictures import photo
 from PIL import Image, ImageEnhance
 
 from e5v_search import Collection, Embedder, media
-from e5v_search.catalog import Catalog, Put
+from e5v_search.catalog import VIEW, Catalog, Put
 from e5v_search.collection import duplicates as module
 from e5v_search.collection.chosen import stored
 from e5v_search.collection.duplicates import Duplicates, find_duplicates, leaders, neighboured
@@ -129,7 +129,7 @@ def put(name: str, angle: float = 0.0, content: str | None = None, **more: Any) 
     """A photo whose vector points to `angle` in degrees."""
     vector = np.array([np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))])
     facts = {"width": 40, "height": 30, "size": 1000, "mtime_ns": 0} | more
-    return Put(kind="image", path=f"/photos/{name}", content_hash=content or name, vector=vector, **facts)
+    return Put(kind="image", path=f"/photos/{name}", content_hash=content or name, vectors={VIEW: vector}, **facts)
 
 
 def names(found: Duplicates) -> list[tuple[str, list[str]]]:
@@ -147,7 +147,7 @@ def test_exact_and_near_groups(catalog: Catalog) -> None:
             put("c copy", 45, "c", width=400, height=300, size=9000),
         ]
     )
-    catalog.commit([Put(kind="text", content_hash="c", text="no photo", vector=np.array([1.0, 0.0]))])
+    catalog.commit([Put(kind="text", content_hash="c", text="no photo", vectors={VIEW: np.array([1.0, 0.0])})])
     found = find_duplicates(catalog, 0.99, by_vectors=True)
     assert names(found) == [("exact", ["a", "b"]), ("near", ["c", "c copy", "c small"])]
     assert [(group.keep.path, group.bytes) for group in found.groups] == [("/photos/a", 1000), ("/photos/c", 9500)]

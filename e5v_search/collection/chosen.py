@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from e5v_search.catalog import Catalog
-from e5v_search.catalog.writing import VIEW
+from e5v_search.catalog import VIEW, Catalog
 
 
 def chosen(catalog: Catalog, kinds: Sequence[str]) -> dict[str, np.ndarray]:
