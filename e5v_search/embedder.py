@@ -34,6 +34,14 @@ class Fingerprint:
         return replace(self, prompts=prompts)
 
 
+@dataclass(frozen=True)
+class Word:
+    """A word of a model's vocabulary, and the cosine of its row with an embedding."""
+
+    text: str
+    score: float
+
+
 class Embedder(Protocol):
     """One model. Embeddings are float32 arrays (n, dim) whose rows have length 1.
 
@@ -69,3 +77,11 @@ class Embedder(Protocol):
     @abstractmethod
     def embed_views(self, prepared: Sequence[Any], views: Sequence[str]) -> np.ndarray:
         """Prepared pictures under the image prompts of several sets -> (len(views), n, dim)."""
+
+    @abstractmethod
+    def nearest_words(self, x: np.ndarray, k: int = 10) -> list[list[Word]]:
+        """What embeddings (n, dim) say in the model's own words: for each the k nearest, best first."""
+
+    @abstractmethod
+    def shared_words(self, a: np.ndarray, b: np.ndarray, k: int = 10) -> list[Word]:
+        """The words that two embeddings (dim,) say both; a score is the smaller of the two cosines."""

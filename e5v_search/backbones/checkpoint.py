@@ -7,7 +7,7 @@ Both layouts of the published checkpoints are read: that of transformers 4.41 (`
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +76,27 @@ def canonical(key: str) -> str:
     """A tensor's name in our modules, from its name in any published layout."""
     key = re.sub(r"^(base_)?model\.", "", key)
     key = re.sub(r"^language_model\.model\.", "language_model.", key)
+    key = re.sub(r"^language_model\.lm_head\.", "lm_head.", key)
     return key.replace("vision_tower.vision_model.", "vision_tower.", 1)
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
     for path in shards(folder):
         try:
             with safe_open(path, framework="pt") as f:
                 for key in f.keys():  # noqa: SIM118 - no mapping, it cannot be iterated
-                    yield canonical(key), f.get_tensor(key)
+                    if wanted(name := canonical(key)):
+                        yield name, f.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise IncompleteCheckpoint(f"{path} is truncated or damaged ({error}); download the model again") from error
+
+
+def read_tensor(folder: Path, *names: str) -> Tensor:
+    """The first of `names` (as `canonical` gives them) that the checkpoint holds; nothing else is read."""
+    for name in names:
+        for _, tensor in _tensors(folder, name.__eq__):
+            return tensor
+    raise IncompleteCheckpoint(f"{folder} holds no {' and no '.join(names)}; download the model again")
 
 
 def load_model(
@@ -101,10 +111,9 @@ def load_model(
     if quantize is not None:
         _quantize_linears(model.language_model, quantize, dtype)
     wanted = dict(model.named_parameters())
-    for key, tensor in _tensors(folder):
-        parameter = wanted.pop(key, None)
-        if parameter is None:
-            continue  # lm_head, vision layers above the one that is read, rotary buffers of old checkpoints
+    # not wanted: lm_head, vision layers above the one that is read, rotary buffers of old checkpoints
+    for key, tensor in _tensors(folder, lambda key: key in wanted):
+        parameter = wanted.pop(key)
         # the embedding table may have more or fewer rows than config.json says (both published revisions differ)
         rows_free = key == "language_model.embed_tokens.weight"
         if tensor.shape[rows_free:] != parameter.shape[rows_free:]:

@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.prefix import Beginning, Key, PrefixMemory, default_limit, digest
 from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.backbones.tiles import Tiles, TileSpec, cut, token_count
-from e5v_search.embedder import Fingerprint, Picture
+from e5v_search.backbones.vocabulary import Vocabulary
+from e5v_search.embedder import Fingerprint, Picture, Word
 from e5v_search.errors import MediaError, ModelError, TextTooLong
 from e5v_search.parallel import ahead, windows
 from e5v_search.prompts import load_prompts
@@ -102,7 +104,7 @@ class LlavaNextEmbedder(Embedder):
                 f"{source.folder} holds a {raw.get('model_type', 'nameless')!r} model; supported: llava_next (E5-V, LLaVA-1.6)"
             )
         config = LlavaNextConfig.from_json(raw)
-        self.name, self.quantize = name, quantize
+        self.name, self.quantize, self.folder = name, quantize, source.folder
         self.device = checkpoint.pick_device(device)
         self.dtype = checkpoint.pick_dtype(dtype, self.device, config)
         self.encoder = PromptEncoder(source.folder, config)
@@ -171,6 +173,20 @@ class LlavaNextEmbedder(Embedder):
         )
         x = self._embed_continued(rows, _WINDOW * len(views))
         return np.ascontiguousarray(x.reshape(len(prepared), len(views), self.dim).transpose(1, 0, 2))
+
+    # what vectors say
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.read(self.folder)
+
+    def nearest_words(self, x: np.ndarray, k: int = 10) -> list[list[Word]]:
+        return self.vocabulary.nearest(x, k)
+
+    def shared_words(self, a: np.ndarray, b: np.ndarray, k: int = 10) -> list[Word]:
+        return self.vocabulary.shared(a, b, k)
+
+    # how it goes in
 
     def _open(self, picture: Picture) -> Tiles:
         return self.prepare(media.open_picture(picture))

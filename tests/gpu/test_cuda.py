@@ -40,6 +40,17 @@ def test_equals_the_processor(folder: str, truth: np.ndarray, options: dict[str,
     assert (x * truth).sum(axis=1).min() > cosine
 
 
+def test_a_remembered_picture_equals_the_processor(folder: str) -> None:
+    pairs = [(picture, change) for picture in PICTURES for change in ("make it red", "two dogs, at night, in the snow")]
+    expected = Embedder.load(folder, device="cpu", dtype="float32").embed_composed(pairs)
+    embedder = Embedder.load(folder, device="cuda", dtype="float32")
+    for _ in range(2):
+        assert (embedder.embed_composed(pairs) * expected).sum(axis=1).min() > 0.9999
+    prepared = [embedder.prepare(picture) for picture in PICTURES]
+    one, several = embedder.embed_prepared(prepared, "cirr"), embedder.embed_views(prepared, ["retrieval", "cirr"])
+    assert (one * several[1]).sum(axis=1).min() > 0.9999
+
+
 def test_memory_does_not_grow(folder: str) -> None:
     embedder = Embedder.load(folder, device="cuda")
     embedder.embed_images(PICTURES)
