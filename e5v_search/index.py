@@ -29,6 +29,7 @@ _WHEELS = ("faiss", "faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12"
 _MAGIC = b"e5vindex"
 _FOOTER = struct.Struct("<II8s")
 _CHUNK = 1 << 20  # bytes
+_GATHERED = 1 << 26  # bytes of rows that a search of few of them may copy
 _ABANDONED = 3600.0  # seconds after which a temporary file is taken for one of a killed process
 
 
@@ -99,6 +100,7 @@ class Index:
 
     def __init__(self, index: Any, stamp: Stamp) -> None:
         self._index = index
+        self._places: _Places | None = None
         self.stamp = stamp
 
     @property
@@ -134,60 +136,58 @@ class Index:
             raise ValueError(f"{len(x)} rows need as many distinct ids, not {ids.shape}")
         if not new:
             self.remove(ids)
+        self._places = None
         with _faiss_errors():
             self._index.add_with_ids(x, ids)
 
     def remove(self, ids: np.ndarray) -> None:
         """Remove the rows of these ids (n,); ids that are not there are passed over."""
         if len(ids) and self.ntotal:
+            self._places = None
             with _faiss_errors():
                 self._index.remove_ids(np.ascontiguousarray(ids, dtype=np.int64))
 
     def ids(self) -> np.ndarray:
-        """(ntotal,) int64, in the order of storage."""
-        ids: np.ndarray = _faiss().vector_to_array(self._index.id_map)
-        return ids
+        """(ntotal,) int64, in the order of storage; not to be written to."""
+        return self._held().ids
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
         """The rows (n, d) float32 of ids (n,). Raises KeyError for one that is not there."""
-        have = self.ids()
-        order = np.argsort(have)
-        place = np.searchsorted(have, ids, sorter=order)
-        found = place < len(have)
-        found[found] = have[order[place[found]]] == np.asarray(ids)[found]
-        if not found.all():
-            raise KeyError(int(np.asarray(ids)[~found][0]))
+        places = self._held().of(ids)
+        if (places < 0).any():
+            raise KeyError(int(np.asarray(ids)[places < 0][0]))
         with _faiss_errors():
-            rows: np.ndarray = self._index.index.reconstruct_batch(order[place])
+            rows: np.ndarray = self._index.index.reconstruct_batch(places)
         return rows
+
+    def _held(self) -> "_Places":
+        if self._places is None:
+            self._places = _Places(_faiss().vector_to_array(self._index.id_map))
+        return self._places
 
     def search(self, xq: np.ndarray, k: int, ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k best rows for each query, among `ids` only where given: D float32, I int64, both (nq, k).
 
         Best first, of equal scores the smaller id first. With fewer than k rows to choose from there are as many columns
-        as rows; nothing is padded.
+        as rows; nothing is padded. A row scores the same whether or not there are `ids`.
         """
-        faiss = _faiss()
         xq = self._matrix(xq)
-        candidates = self.ntotal if ids is None else min(self.ntotal, len(ids))
-        k = min(k, candidates)
-        if k < 1 or not len(xq):
-            return np.empty((len(xq), 0), np.float32), np.empty((len(xq), 0), np.int64)
-        chosen = None
-        if ids is not None:
-            chosen = faiss.SearchParameters(sel=faiss.IDSelectorBatch(np.ascontiguousarray(ids, dtype=np.int64)))
-        width = k
-        tied = True
-        while tied:
-            # copies of a photo score the same: look on until the last score that counts has no further equals
-            width = min(4 * width if width > k else k + 1, candidates)
-            with _faiss_errors():
-                D, I = self._index.search(xq, width, params=chosen)  # noqa: E741
-            tied = width < candidates and bool(((D[:, k - 1] == D[:, -1]) & (I[:, -1] >= 0)).any())
-        order = np.lexsort((I, -D), axis=-1)[:, :k]
-        D, I = np.take_along_axis(D, order, axis=1), np.take_along_axis(I, order, axis=1)  # noqa: E741
-        found = int((I >= 0).sum(axis=1).max())
-        return D[:, :found], I[:, :found]
+        if ids is None:
+            return _best(self._index, xq, k, self.ntotal)
+        places = np.unique(self._held().of(ids))
+        places = places[places >= 0]
+        faiss = _faiss()
+        rows = faiss.downcast_index(self._index.index)
+        # to copy few rows is cheaper than to ask of each of all whether it is meant
+        if 16 * len(places) <= self.ntotal and len(places) * rows.code_size <= _GATHERED:
+            codes = faiss.rev_swig_ptr(rows.codes.data(), self.ntotal * rows.code_size).reshape(self.ntotal, -1)
+            few = faiss.IndexScalarQuantizer(self.d, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+            few.add_sa_codes(codes[places])
+            return _best(few, xq, k, len(places), self._held().ids[places])
+        chosen = np.zeros(self.ntotal, dtype=bool)
+        chosen[places] = True
+        selector = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(chosen, bitorder="little")))
+        return _best(rows, xq, k, len(places), self._held().ids, selector)
 
     def _matrix(self, x: np.ndarray) -> np.ndarray:
         x = np.ascontiguousarray(x, dtype=np.float32)
@@ -252,6 +252,45 @@ class Index:
         with _opened(path) as file:
             trailer, _ = _read_trailer(file)
         return Stamp(trailer["uid"], trailer["state"])
+
+
+class _Places:
+    """Where each id's row is stored."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids = ids
+        ascending = bool((ids[1:] > ids[:-1]).all())
+        # what was only ever added to, as most collections are, needs no sorting
+        self._order = None if ascending else np.argsort(ids)
+        self._sorted = ids if self._order is None else ids[self._order]
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """The place (n,) int64 of each of ids (n,), -1 for what is not there."""
+        if not len(self.ids):
+            return np.full(len(ids), -1)
+        at = np.minimum(np.searchsorted(self._sorted, ids), len(self.ids) - 1)
+        return np.where(self._sorted[at] == ids, at if self._order is None else self._order[at], -1)
+
+
+def _best(
+    rows: Any, xq: np.ndarray, k: int, candidates: int, names: np.ndarray | None = None, chosen: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Index.search` in FAISS's `rows`, of which `candidates` are `chosen`; `names` are their ids, where FAISS has others."""
+    k = min(k, candidates)
+    if k < 1 or not len(xq):
+        return np.empty((len(xq), 0), np.float32), np.empty((len(xq), 0), np.int64)
+    width = k
+    tied = True
+    while tied:
+        # copies of a photo score the same: look on until the last score that counts has no further equals
+        width = min(4 * width if width > k else k + 1, candidates)
+        with _faiss_errors():
+            D, I = rows.search(xq, width, params=chosen)  # noqa: E741
+        tied = width < candidates and bool((D[:, k - 1] == D[:, -1]).any())
+    if names is not None:
+        I = names[I]  # noqa: E741
+    order = np.lexsort((I, -D), axis=-1)[:, :k]
+    return np.take_along_axis(D, order, axis=1), np.take_along_axis(I, order, axis=1)
 
 
 class _Summed:

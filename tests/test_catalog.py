@@ -567,7 +567,7 @@ def test_an_older_schema_is_brought_up(c: Catalog, monkeypatch: pytest.MonkeyPat
             assert everything(opened) == before
     with raw(c) as db:
         assert db.execute("SELECT rating FROM items").fetchall() == [(3,)]
-    assert schema(c)[0] == [(1, "first"), (2, "parts"), (3, "add_rating")]
+    assert schema(c)[0][-1] == (len(schema(c)[0]), "add_rating")
 
 
 def test_a_failing_step_is_rolled_back(c: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -583,7 +583,7 @@ def test_a_failing_step_is_rolled_back(c: Catalog, monkeypatch: pytest.MonkeyPat
         with_steps(patch, add_rating, fail_halfway)
         with pytest.raises(sqlite3.OperationalError, match="nowhere"):
             Catalog.open(c.path.parent)
-        assert schema(c)[0] == [(1, "first"), (2, "parts"), (3, "add_rating")]  # the step before it stays
+        assert schema(c)[0] == [*old[0], (len(old[0]) + 1, "add_rating")]  # the step before it stays
     with_steps(monkeypatch, add_rating)
     with Catalog.open(c.path.parent) as opened:
         assert everything(opened) == before

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sqlite_utils import Database
 
 from e5v_search.catalog import writing
 from e5v_search.catalog.checks import problems
@@ -12,7 +14,9 @@ from e5v_search.catalog.connection import damaged, guarded, now, to_sql, transac
 from e5v_search.catalog.files import BLOCK, Files
 from e5v_search.catalog.records import KINDS, VIEW, Corpus, Failed, FileRow, Item, Put
 from e5v_search.catalog.store import Row
+from e5v_search.catalog.where import Plan, Where
 from e5v_search.errors import CatalogDamaged
+from e5v_search.filters import Filter
 
 _ITEM = (
     "SELECT i.id, i.kind, f.path, f.part, i.text, i.content_hash, i.width, i.height, i.taken_at, i.lat, i.lon, i.camera,"
@@ -22,6 +26,10 @@ _ITEM = (
 
 class Catalog(Files):
     """Items and their vectors, and the files that they come from."""
+
+    def __init__(self, path: Path, db: Database) -> None:
+        super().__init__(path, db)
+        self._where = Where(db, self._rows, lambda: self.state)
 
     # items
 
@@ -60,6 +68,21 @@ class Catalog(Files):
         """Every item, of any kind, with this content."""
         rows = self._rows("SELECT id FROM items WHERE content_hash = CAST(? AS TEXT) ORDER BY id", (to_sql(content_hash),))
         return [row[0] for row in rows]
+
+    # filters
+
+    def select(self, where: Filter, plan: Plan | None = None) -> np.ndarray:
+        """Ids (n,) int64, ascending, of the items that pass."""
+        with self.snapshot():  # what a plan was made from must be what is then read
+            return self._where.select(where, plan)
+
+    def passing(self, ids: Sequence[int] | np.ndarray, where: Filter) -> np.ndarray:
+        """Ids (m,) int64, ascending, of those items among `ids` that exist and pass."""
+        return self._where.passing(ids, where)
+
+    def plan(self, where: Filter) -> Plan:
+        """How `select` would go about it, and what that would cost."""
+        return self._where.plan(where)
 
     # vectors
 

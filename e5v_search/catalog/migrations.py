@@ -9,6 +9,8 @@ from collections.abc import Callable
 from sqlite_utils import Database
 
 from e5v_search.catalog.connection import now, transaction
+from e5v_search.catalog.facts import write_facts
+from e5v_search.catalog.where import FOLDER
 
 _FIRST = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value);
@@ -100,6 +102,28 @@ ALTER TABLE places RENAME TO failures;
 """
 
 
+# what filters ask for; where.FOLDER is written in the same words
+_FILTERS = f"""
+CREATE INDEX items_kind ON items (kind);
+CREATE INDEX items_camera ON items (camera);
+CREATE INDEX items_format ON items (format);
+CREATE INDEX items_place ON items (lat, lon);
+CREATE INDEX items_width ON items (width);
+CREATE INDEX items_height ON items (height);
+CREATE INDEX items_pixels ON items (width * height);
+CREATE INDEX items_shape ON items (width - height);
+CREATE INDEX files_size ON files (size);
+CREATE INDEX files_folder ON files ({FOLDER});
+CREATE TABLE facts (
+    name TEXT NOT NULL,
+    value NOT NULL,
+    item_id INTEGER NOT NULL REFERENCES items (id) ON DELETE CASCADE,
+    PRIMARY KEY (name, value, item_id)
+) WITHOUT ROWID;
+CREATE INDEX facts_item ON facts (item_id);
+"""
+
+
 def _first(db: Database) -> None:
     db.executescript(_FIRST)
 
@@ -108,8 +132,14 @@ def _parts(db: Database) -> None:
     db.executescript(_PARTS)
 
 
+def _filters(db: Database) -> None:
+    db.executescript(_FILTERS)
+    for item_id, facts in db.execute("SELECT id, facts FROM items WHERE facts != '{}'").fetchall():
+        write_facts(db, item_id, facts)
+
+
 Migration = tuple[str, Callable[[Database], None]]
-MIGRATIONS: tuple[Migration, ...] = (("first", _first), ("parts", _parts))
+MIGRATIONS: tuple[Migration, ...] = (("first", _first), ("parts", _parts), ("filters", _filters))
 
 
 def newest() -> int:

@@ -163,6 +163,9 @@ class Store:
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """Everything read inside is of one moment, whatever others commit. Nothing can be committed inside."""
+        if self._db.conn.in_transaction:
+            yield
+            return
         with guarded(self.path), transaction(self._db, "DEFERRED"):
             yield
 

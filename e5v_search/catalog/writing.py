@@ -8,6 +8,7 @@ import numpy as np
 from sqlite_utils import Database
 
 from e5v_search.catalog.connection import now, to_sql
+from e5v_search.catalog.facts import write_facts
 from e5v_search.catalog.records import VIEW, Corpus, Failed, FileRow, Put
 from e5v_search.errors import CollectionError
 
@@ -110,6 +111,7 @@ def _put(db: Database, put: Put, source: Source | None, state: int, dim: int | N
             raise ValueError(f"there is no item {item_id}")
         db.execute("DELETE FROM files WHERE item_id = ?", (item_id,))
         db.execute("DELETE FROM vectors WHERE item_id = ?", (item_id,))
+    write_facts(db, item_id, facts[-1], replace=put.item_id is not None)
     if put.path is not None:
         if put.part:
             _open_corpus(db, put.path, put.kind)

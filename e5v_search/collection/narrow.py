@@ -1,0 +1,47 @@
+"""The exact best of what passes a filter, whatever share of the collection that is."""
+
+import math
+
+import numpy as np
+
+from e5v_search.catalog import Catalog
+from e5v_search.filters import EVERYTHING, Filter
+from e5v_search.index import Index
+
+_SAMPLE = 128
+_AMPLE = 3  # candidates for each that should pass: most searches then need no second scan
+_CHECK = 10  # ids selected by an index in the time in which one candidate is found and checked
+
+
+def search(index: Index, catalog: Catalog, xq: np.ndarray, k: int, where: Filter = EVERYTHING) -> tuple[np.ndarray, np.ndarray]:
+    """The k best items for xq (d,) of those that pass: scores (m,) float32, ids (m,) int64; m < k only if no more pass.
+
+    Best first, of equal scores the smaller id first. What the index holds and the catalog no longer does is left out.
+    Raises CollectionError.
+    """
+    k = min(k, index.ntotal)
+    if k < 1:
+        return np.empty(0, np.float32), np.empty(0, np.int64)
+    n, plan = index.ntotal, None
+    if where == EVERYTHING:
+        width = min(k + 8, n)
+    else:
+        share = _share(index, catalog, where)
+        width = min(math.ceil(_AMPLE * k / share) + 8, n) if share else n
+        if _CHECK * width >= share * n:
+            plan = catalog.plan(where)
+    if plan is None or _CHECK * width < plan.effort:
+        # candidates come in order: those that pass are the best that pass
+        D, I = index.search(xq[None], width)  # noqa: E741
+        passes = np.isin(I[0], catalog.passing(I[0], where))
+        if passes.sum() >= k or width == n:
+            return D[0][passes][:k], I[0][passes][:k]
+    D, I = index.search(xq[None], k, ids=catalog.select(where, plan))  # noqa: E741
+    return D[0], I[0]
+
+
+def _share(index: Index, catalog: Catalog, where: Filter) -> float:
+    """The part of the collection that passes, from a sample of it."""
+    ids = index.ids()
+    sample = np.unique(np.random.default_rng(0).choice(ids, min(_SAMPLE, len(ids)), replace=len(ids) > 50 * _SAMPLE))
+    return len(catalog.passing(sample, where)) / len(sample)
