@@ -317,7 +317,7 @@ anything = st.text(st.characters(exclude_categories=()), max_size=12)
 )
 def test_no_value_reaches_sql_as_sql(c: Catalog, items: dict[int, object], wild: str, name: str) -> None:
     before = c.count()
-    quoted = re.sub(r"(['\"\\*?\[\]])", r"\\\1", wild)
+    quoted = re.sub(r"(['\"\\*?~\[\]])", r"\\\1", wild)
     if wild or name in ("facts.lang=", "facts.lang<"):
         where_ = parse([f"{name}'{quoted}'"])
         passing, others = set(c.select(where_)), set(c.select(Not(where_)))
@@ -329,7 +329,7 @@ def test_no_value_reaches_sql_as_sql(c: Catalog, items: dict[int, object], wild:
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(wild=anything.filter(bool))
 def test_whatever_was_put_is_found_by_its_own_value(tmp_path_factory: pytest.TempPathFactory, wild: str) -> None:
-    quoted = re.sub(r"(['\"\\*?\[\]])", r"\\\1", wild)
+    quoted = re.sub(r"(['\"\\*?~\[\]])", r"\\\1", wild)
     with Catalog.create(tmp_path_factory.mktemp("w") / "c") as c:
         c.bind("m", DIM, {})
         name = wild.replace("/", "-")
@@ -340,7 +340,7 @@ def test_whatever_was_put_is_found_by_its_own_value(tmp_path_factory: pytest.Tem
             assert item_id in c.select(parse([f"{form}'{quoted}'"])), form
             assert item_id not in c.select(parse([f"not {form}'{quoted}'"])), form
         if "\0" not in name and name not in (".", ".."):
-            folder = re.sub(r"(['\"\\*?\[\]])", r"\\\1", name)
+            folder = re.sub(r"(['\"\\*?~\[\]])", r"\\\1", name)
             assert c.select(parse([f"folder='{folder}'"])).tolist() == [item_id]
 
 
@@ -352,18 +352,18 @@ def test_facts_follow_their_item(tmp_path: Path) -> None:
             found: list[int] = c.select(parse([f"facts.stars={n}"])).tolist()
             return found
 
-        (a,) = c.commit([Put(kind="text", content_hash="t", text="a", facts={"stars": 1}, vectors=ONE)])
-        (b,) = c.commit([Put(kind="text", content_hash="t", text="a", copy_from=a, path="/t.txt")])
+        (a,) = c.commit([Put(kind="image", content_hash="t", path="/a.jpg", facts={"stars": 1}, vectors=ONE)])
+        (b,) = c.commit([Put(kind="image", content_hash="t", copy_from=a, path="/b.jpg")])
         assert stars(1) == [a, b]
-        c.commit([Put(kind="text", content_hash="t2", text="b", facts={"stars": 2}, item_id=a, vectors=ONE)])
+        c.commit([Put(kind="image", content_hash="t2", facts={"stars": 2}, item_id=a, vectors=ONE)])
         assert (stars(1), stars(2)) == ([b], [a])
-        c.commit([Put(kind="text", content_hash="t3", text="b", item_id=a, vectors=ONE)], gone=[b])
+        c.commit([Put(kind="image", content_hash="t3", item_id=a, vectors=ONE)], gone=[b])
         assert (stars(1), stars(2)) == ([], [])
         with pytest.raises(CollectionError, match="changed in the meantime"):
             c.commit(
                 [
-                    Put(kind="text", content_hash="t4", facts={"stars": 1}, item_id=a, vectors=ONE),
-                    Put(kind="text", content_hash="?", copy_from=b),
+                    Put(kind="image", content_hash="t4", facts={"stars": 1}, item_id=a, vectors=ONE),
+                    Put(kind="image", content_hash="?", copy_from=b),
                 ]
             )
         assert stars(1) == []

@@ -10,12 +10,12 @@ import re
 _SEP = re.escape(os.sep)
 _IN_NAME = f"[^{_SEP}]"
 _END_OF_NAME = rf"(?={_SEP}|\Z)"
-_TOKEN = re.compile(r"\\([\\*?\[\]\"'()|\s])|(\*+)|(\?)|\[([!^]?)(\][^\]]*|[^\]]+)\]|(.)", re.DOTALL)
+_TOKEN = re.compile(r"\\([\\*?\[\]\"'()|~\s])|(\*+)|(\?)|\[([!^]?)(\][^\]]*|[^\]]+)\]|(.)", re.DOTALL)
 
 
 def plain(value: str) -> str:
     """A value without its backslashes, for what knows no globs."""
-    return re.sub(r"\\([\\*?\[\]\"'()|\s])", r"\1", value)
+    return re.sub(r"\\([\\*?\[\]\"'()|~\s])", r"\1", value)
 
 
 def text_glob(value: str) -> str:
