@@ -1,4 +1,4 @@
-"""`search`: find items by a text, a picture, or a picture and a change to it."""
+"""`search`: find items by a text, a picture, a picture and a change to it, and by sums of these."""
 
 import math
 import os
@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from e5v_search.cli.options import collection_option, debug_option, examples, json_option, model_options
+from e5v_search.cli.options import (
+    collection_option,
+    debug_option,
+    examples,
+    json_option,
+    model_options,
+    prompts_option,
+    where_option,
+)
 from e5v_search.cli.printing import print_csv, print_hits, print_json, print_paths, printable, save_sheet
 
 if TYPE_CHECKING:
@@ -16,7 +24,7 @@ if TYPE_CHECKING:
 
 def _threshold(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
     if value is not None and math.isnan(value):  # which passes every comparison of a range
-        raise click.BadParameter("nan is not a number between -1 and 1")
+        raise click.BadParameter("nan is not a number")
     return value
 
 
@@ -25,7 +33,11 @@ def _threshold(ctx: click.Context, param: click.Parameter, value: float | None) 
         "e5v-search search a dog in the snow",
         "e5v-search search --image dog.jpg -k 5 --threshold 0.5",
         "e5v-search search --image dog.jpg --modify 'make it a cat' --sheet found.jpg",
+        "e5v-search search --image dog.jpg --modify 'at night' --keep-reference",
         "e5v-search search --image 1 --json",
+        "e5v-search search a dog --plus snow:0.5 --minus grass --minus image:cat.jpg:0.3",
+        "e5v-search search a dog --where 'width>height and taken>=2019' --where kind=image",
+        "e5v-search search a dog --explain",
         "e5v-search search a red car --paths -0 | xargs -0 ls -l",
         "e5v-search search a red car --csv -c holidays --prompts retrieval > found.csv",
         "e5v-search search a red car --model e5v-tiny --device cpu --dtype float32 --allow-mismatch",
@@ -34,20 +46,31 @@ def _threshold(ctx: click.Context, param: click.Parameter, value: float | None) 
 @click.argument("text", nargs=-1)
 @click.option("--image", metavar="FILE|ITEM_ID", help="Search by this picture, or by an item of the collection.")
 @click.option("--modify", metavar="TEXT", help="With --image: search for that picture changed like this.")
+@click.option(
+    "--keep-reference", is_flag=True, help="With --modify: the picture itself and its copies may be among the results."
+)
+@click.option(
+    "--plus", multiple=True, metavar="TEXT[:W]", help="Towards this text, or image:FILE|ITEM_ID, W times (1); repeatable."
+)
+@click.option(
+    "--minus", multiple=True, metavar="TEXT[:W]", help="Away from this text, or image:FILE|ITEM_ID, W times (1); repeatable."
+)
+@where_option
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many results.")
 @click.option(
     "--threshold",
-    type=click.FloatRange(-1, 1),
+    type=float,
     callback=_threshold,
     metavar="SCORE",
-    help="No results below this score, the cosine of query and item (-1 to 1).",
+    help="No results below this score.",
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV with a header.")
 @click.option("--paths", "as_paths", is_flag=True, help="Print the bare paths, one a line.")
 @click.option("-0", "--null", "null", is_flag=True, help="With --paths: end each with a NUL, as xargs -0 wants it.")
 @json_option
 @click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Draw the results into this picture file.")
-@click.option("--prompts", metavar="SET|FILE.toml", help="Another prompt set for the query.")
+@click.option("--explain", is_flag=True, help="Say the words of the model's vocabulary that query and result share.")
+@prompts_option
 @collection_option
 @model_options
 @click.option("--allow-mismatch", is_flag=True, help="Search even if another model made the collection.")
@@ -56,6 +79,10 @@ def search(
     text: tuple[str, ...],
     image: str | None,
     modify: str | None,
+    keep_reference: bool,
+    plus: tuple[str, ...],
+    minus: tuple[str, ...],
+    where: tuple[str, ...],
     k: int,
     threshold: float | None,
     as_csv: bool,
@@ -63,6 +90,7 @@ def search(
     null: bool,
     as_json: bool,
     sheet: Path | None,
+    explain: bool,
     prompts: str | None,
     collection: str,
     model: str,
@@ -71,24 +99,34 @@ def search(
     quantize: str | None,
     allow_mismatch: bool,
 ) -> None:
-    """Find photos by a TEXT, a picture, or a picture and a change.
+    """Find items by a TEXT, a picture, or a picture and a change.
 
-    The model that made the collection is used. Scores are cosines: a photo scores 1 with itself. A text and --image
-    together search for both at once; --image with --modify leaves the picture itself out.
+    The model that made the collection is used. A score is the cosine of query and item, or with --plus and --minus the
+    weighted sum of cosines. A text and --image together search for both at once; --image with --modify leaves the picture
+    itself out. A weight follows the last colon; --plus 'at 10:30:1' is the text "at 10:30".
     """
     if as_json + as_csv + as_paths > 1:
         raise click.UsageError("--json, --csv and --paths exclude each other")
     if null and not as_paths:
         raise click.UsageError("-0 goes with --paths")
-    from e5v_search.collection import Collection, ModelChoice
-    from e5v_search.query import Query
+    from e5v_search import query
 
-    query = Query(" ".join(text) if text else None, _picture(image), modify, prompts)
+    asked = query.Query(
+        " ".join(text) if text else None,
+        query.parse_image(image) if image is not None else None,
+        modify,
+        tuple(map(query.parse_term, plus)),
+        tuple(map(query.parse_term, minus)),
+        where,
+        prompts,
+    )
+    from e5v_search.collection import Collection, ModelChoice
+
     choice = ModelChoice(model, device, dtype, quantize)
     with Collection.open(collection, choice, create=False, allow_mismatch=allow_mismatch) as source:
-        hits = source.search(query.text, image=query.image, modify=modify, k=k, threshold=threshold, prompts=prompts)
+        hits = source.answer(asked, k=k, threshold=threshold, keep_reference=keep_reference, explain=explain)
         if sheet is not None:
-            save_sheet(source, hits, sheet, title=_title(query))
+            save_sheet(source, hits, sheet, title=_title(asked))
     if as_json:
         print_json(hits.to_json())
     elif as_csv:
@@ -98,18 +136,20 @@ def search(
     elif hits:
         print_hits(hits)
     else:
-        click.echo("nothing found" + ("" if threshold is None else f" with a score of {threshold:g} or more"), err=True)
+        click.echo(_nothing(threshold, where), err=True)
     if sheet is not None:
         click.echo(f"drawn: {printable(str(sheet))}", err=True)
 
 
-def _title(query: "Query") -> str:
-    picture = f"item {query.image}" if isinstance(query.image, int) else os.path.basename(str(query.image or ""))
-    return printable(" + ".join(part for part in (query.text, picture, query.modify) if part))
+def _nothing(threshold: float | None, where: tuple[str, ...]) -> str:
+    reasons = [f"with a score of {threshold:g} or more"] if threshold is not None else []
+    if where:
+        reasons.append(f"where {' and '.join(map(printable, where))}")
+    return " ".join(["nothing found", *reasons])
 
 
-def _picture(image: str | None) -> str | int | None:
-    """A whole number is an item's id, unless there is a file of that name."""
-    if image is not None and image.isdecimal() and not Path(image).exists():
-        return int(image)
-    return image
+def _title(asked: "Query") -> str:
+    picture = f"item {asked.image}" if isinstance(asked.image, int) else os.path.basename(str(asked.image or ""))
+    signed = [f"{'+' if weight > 0 else '-'} {given.text or 'a picture'}" for given, weight in asked.signed]
+    parts = [part for part in (asked.text, picture, asked.modify) if part]
+    return printable(" ".join([" + ".join(parts), *signed]))

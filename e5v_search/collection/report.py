@@ -4,7 +4,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
+
+from e5v_search.catalog import Item
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,33 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One result. `score` is the cosine of query and item."""
+    """One result. `score` is the cosine of query and item, or the weighted sum of cosines.
+
+    `id` is None for a picture that is in no collection; `words` are those that it shares with the query, if asked for.
+    """
 
     rank: int
-    id: int
+    id: int | None
     score: float
     kind: str
-    path: str | None
-    text: str | None
-    width: int | None
-    height: int | None
-    taken_at: str | None
-    part: str | None  # which text of the file at `path`; None for photos
+    path: str | None = None
+    text: str | None = None
+    width: int | None = None
+    height: int | None = None
+    taken_at: str | None = None
+    part: str | None = None  # which text of the file at `path`; None for photos
+    words: list[str] | None = None
+
+    @classmethod
+    def of(cls, item: Item, rank: int, score: float, words: list[str] | None = None) -> Self:
+        facts = (item.kind, item.path, item.text, item.width, item.height, item.taken_at, item.part)
+        return cls(rank, item.id, score, *facts, words)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        shown = asdict(self)
+        if self.words is None:
+            del shown["words"]
+        return shown
 
 
 class Hits(list[Hit]):

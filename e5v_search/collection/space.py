@@ -1,0 +1,151 @@
+"""The one space of a model: every input becomes a vector of it, by the model, or from a collection that holds it already."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from e5v_search import media
+from e5v_search.catalog import Catalog, Item
+from e5v_search.collection.report import Failure, Hit, Hits, Stopwatch
+from e5v_search.embedder import Embedder, Picture
+from e5v_search.errors import MediaError, QueryError
+from e5v_search.query import Input
+from e5v_search.render import render
+
+COMPOSED = "cirr"  # the prompt set of composed queries, where none is named
+
+
+@dataclass
+class Resolved:
+    """An input, ready for the model, or the vector (dim,) that a collection has of it.
+
+    `ids` are the items that have the content of its picture, the very item or file that was named first.
+    """
+
+    kind: str  # what the model is given: text, image or composed
+    value: Any
+    prompts: str
+    ids: list[int] = field(default_factory=list)
+    stored: np.ndarray | None = None
+
+
+class Space:
+    """`load` gives the model and is called only when something must be embedded. Without a catalog no input may be an id."""
+
+    def __init__(self, load: Callable[[], Embedder], catalog: Catalog | None = None) -> None:
+        self.embedder = load
+        self._catalog = catalog
+
+    def vectors(self, inputs: Sequence[Input], prompts: str | None = None) -> np.ndarray:
+        """-> (n, dim) float32, rows of length 1 (but for the half precision of stored ones).
+
+        `prompts` None: `retrieval`, for a picture with a change `cirr`. Raises QueryError, MediaError, ModelError.
+        """
+        return self.embed([self.resolve(each, prompts) for each in inputs])
+
+    def resolve(self, given: Input, prompts: str | None = None, view: str = "retrieval") -> Resolved:
+        """Look an input up. A vector that the collection's `view` holds of it serves, if the prompts are those of the view."""
+        plain = prompts or view
+        if given.text is not None:
+            return Resolved("text", given.text, plain)
+        assert given.image is not None
+        item, ids = self._items_of(given.image)
+        if given.modify is not None:
+            return Resolved("composed", (_picture(given.image, item), given.modify), prompts or COMPOSED, ids)
+        stored = self._stored(ids[:1], view) if plain == view else None
+        if stored is None and item is not None and item.kind == "text" and isinstance(given.image, int):
+            return Resolved("text", item.text, plain, ids)
+        return Resolved("image", None if stored is not None else _picture(given.image, item), plain, ids, stored)
+
+    def embed(self, resolved: Sequence[Resolved]) -> np.ndarray:
+        """The vectors (n, dim) of inputs, with one call of the model for each kind and prompt set."""
+        out: list[np.ndarray | None] = [each.stored for each in resolved]
+        for kind, prompts in dict.fromkeys((r.kind, r.prompts) for r in resolved if r.stored is None):
+            chosen = [i for i, r in enumerate(resolved) if r.stored is None and (r.kind, r.prompts) == (kind, prompts)]
+            model = self.embedder()
+            embed = {"text": model.embed_texts, "image": model.embed_images, "composed": model.embed_composed}[kind]
+            for i, vector in zip(chosen, embed([resolved[i].value for i in chosen], prompts), strict=True):
+                out[i] = vector
+        return np.stack([vector for vector in out if vector is not None])
+
+    def ask(
+        self, positive: str, negative: str, images: Sequence[str | os.PathLike[str]], prompts: str | None = None
+    ) -> tuple[Hits, list[Failure]]:
+        """Pictures by cos(positive, x) - cos(negative, x), best first, and those that could not be looked at."""
+        watch = Stopwatch()
+        with watch.phase("load"):
+            self.embedder()
+        scored: list[tuple[float, Resolved, str]] = []
+        failed: list[Failure] = []
+        with watch.phase("embed"):
+            wanted, unwanted = self.vectors([Input(positive), Input(negative)], prompts)
+            for path in map(os.fspath, images):
+                try:
+                    resolved = self.resolve(Input(image=path), prompts)
+                    [x] = self.embed([resolved])
+                except MediaError as error:
+                    failed.append(Failure(path, str(error).removeprefix(f"{media.shown(path)}: ")))
+                else:
+                    scored.append((float(x @ wanted - x @ unwanted), resolved, path))
+        scored.sort(key=lambda each: -each[0])
+        hits = [self._hit(rank, *each) for rank, each in enumerate(scored, start=1)]
+        query = {"positive": positive, "negative": negative}
+        return Hits(hits, query, self.fingerprint, watch.total()), failed
+
+    def _hit(self, rank: int, score: float, resolved: Resolved, path: str) -> Hit:
+        if self._catalog is not None and resolved.ids:
+            return Hit.of(self._catalog.items(resolved.ids[:1])[resolved.ids[0]], rank, score)
+        return Hit(rank, None, score, "image", os.path.realpath(path))
+
+    @property
+    def fingerprint(self) -> str:
+        bound = None if self._catalog is None else self._catalog.fingerprint
+        return bound or self.embedder().fingerprint
+
+    def item(self, item_id: int) -> Item:
+        if self._catalog is None:
+            raise QueryError(f"item {item_id}: ids belong to a collection, and there is none here; name one with -c")
+        item = self._catalog.items([item_id]).get(item_id)
+        if item is None:
+            raise QueryError(f"collection {self._catalog.path.parent} has no item {item_id}; ids are shown by search --json")
+        return item
+
+    def _items_of(self, image: Picture | int) -> tuple[Item | None, list[int]]:
+        """The item that was named, by id or path, and the ids of all with its content, its own first."""
+        item: Item | None
+        if isinstance(image, int):
+            item = self.item(image)
+            content_hash = item.content_hash
+        elif self._catalog is not None and isinstance(image, str | os.PathLike):
+            try:
+                content_hash = media.content_hash(image)
+            except MediaError as error:
+                raise type(error)(f"{media.shown(image)}: {error}") from error
+            item = self._catalog.item_by_path(os.path.realpath(image))
+        else:
+            return None, []
+        assert self._catalog is not None
+        ids = self._catalog.ids_of_content(content_hash)
+        return item, sorted(ids, key=lambda i: item is None or i != item.id)
+
+    def _stored(self, ids: list[int], view: str) -> np.ndarray | None:
+        if self._catalog is not None:
+            for _, x in self._catalog.vectors(ids=ids, view=view):
+                vector: np.ndarray = x[0].astype(np.float32)
+                return vector
+        return None
+
+
+def _picture(image: Picture | int, item: Item | None) -> Picture:
+    """What the model sees of a picture, or of the item with this id."""
+    if not isinstance(image, int):
+        return image
+    assert item is not None
+    if item.kind == "image" and item.path is not None:
+        return item.path
+    if item.kind == "rendered" and item.text is not None:
+        return render(item.text)
+    raise QueryError(f"item {image} is a text, no picture; give a picture with --image")
