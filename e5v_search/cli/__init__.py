@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from e5v_search import __version__
+from e5v_search.cli.ask import ask, compare, explain
 from e5v_search.cli.doctor import doctor
 from e5v_search.cli.duplicates import duplicates
 from e5v_search.cli.embed import embed
@@ -76,7 +77,7 @@ def cli() -> None:
     """Find photos by a sentence, by another photo, or by a photo and a change to it."""
 
 
-for _command in (index, search, duplicates, status, verify, rebuild, forget, embed, models, doctor):
+for _command in (index, search, ask, compare, explain, duplicates, status, verify, rebuild, forget, embed, models, doctor):
     cli.add_command(_command)
 
 

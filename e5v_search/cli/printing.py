@@ -89,19 +89,24 @@ def print_hits(hits: Sequence["Hit"]) -> None:
     header = ("#", "score", "size", "taken", "path")
     shown = [i for i in range(len(header)) if any(row[i] for row in rows)]  # a column without any value says nothing
     widths = [max(len(row[i]) for row in (header, *rows)) for i in shown[:-1]]
-    for row in (header, *rows):
+    for row, hit in zip((header, *rows), (None, *hits), strict=True):
         cells = [row[i].rjust(width) for i, width in zip(shown, widths, strict=False)]
         click.echo(click.style("  ".join([*cells, row[shown[-1]]]), dim=row is header))
+        if hit is not None and hit.words is not None:
+            indent = " " * (sum(widths) + 2 * len(widths))
+            click.echo(click.style(indent + printable(", ".join(hit.words) or "(no word in common)"), dim=True))
 
 
 def print_csv(hits: Sequence["Hit"]) -> None:
     """All fields of the hits, UTF-8, with a header; file names keep their bytes."""
     from e5v_search.collection import Hit  # its fields are the columns
 
+    explained = any(hit.words is not None for hit in hits)
+    fields = [name for name in Hit.__dataclass_fields__ if name != "words" or explained]
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(Hit.__dataclass_fields__), lineterminator="\n")
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(hit.to_json() for hit in hits)
+    writer.writerows(hit.to_json() | ({"words": " ".join(hit.words)} if hit.words is not None else {}) for hit in hits)
     _write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 

@@ -1,6 +1,5 @@
 """`search`: find items by a text, a picture, a picture and a change to it, and by sums of these."""
 
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +19,6 @@ from e5v_search.cli.printing import print_csv, print_hits, print_json, print_pat
 
 if TYPE_CHECKING:
     from e5v_search.query import Query
-
-
-def _threshold(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    if value is not None and math.isnan(value):  # which passes every comparison of a range
-        raise click.BadParameter("nan is not a number")
-    return value
 
 
 @click.command(
@@ -57,13 +50,7 @@ def _threshold(ctx: click.Context, param: click.Parameter, value: float | None) 
 )
 @where_option
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many results.")
-@click.option(
-    "--threshold",
-    type=float,
-    callback=_threshold,
-    metavar="SCORE",
-    help="No results below this score.",
-)
+@click.option("--threshold", type=float, metavar="SCORE", help="No results below this score.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV with a header.")
 @click.option("--paths", "as_paths", is_flag=True, help="Print the bare paths, one a line.")
 @click.option("-0", "--null", "null", is_flag=True, help="With --paths: end each with a NUL, as xargs -0 wants it.")

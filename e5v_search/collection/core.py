@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from e5v_search import backbones, media
+from e5v_search import backbones, filters, media
 from e5v_search.catalog import VIEW, Catalog
 from e5v_search.collection.indexes import Indexes
 from e5v_search.collection.ingest import Ingest
+from e5v_search.collection.narrow import nearest
 from e5v_search.collection.report import Hit, Hits, Report, Stopwatch
+from e5v_search.collection.space import COMPOSED, Space, combine
 from e5v_search.config import collection_path
 from e5v_search.embedder import Embedder, Picture
 from e5v_search.errors import (
@@ -26,13 +28,13 @@ from e5v_search.errors import (
     CollectionReadOnly,
     DiskFull,
     FingerprintMismatch,
-    MediaError,
     QueryError,
     UnreadableFile,
 )
 from e5v_search.index import Index
-from e5v_search.query import Query
+from e5v_search.query import Query, TermLike, terms
 
+_SHARED_WORDS = 5  # said of each hit when its score is to be explained
 _SYNC_AFTER = 20_000  # vectors that a search during a long run may have to fetch from the catalog itself
 
 
@@ -62,6 +64,7 @@ class Collection:
         # read now: the model may be loaded by a thread that must not touch the catalog
         self._bound, self._made_by = catalog.fingerprint, catalog.model
         self.indexes = Indexes(catalog)
+        self.space = Space(self.embedder, catalog)
         if self._embedder is not None:
             self._check_fingerprint(self._embedder)
 
@@ -262,112 +265,90 @@ class Collection:
         *,
         image: Picture | int | None = None,
         modify: str | None = None,
+        plus: Sequence[TermLike] = (),
+        minus: Sequence[TermLike] = (),
+        where: Sequence[str] = (),
         k: int = 10,
         threshold: float | None = None,
         prompts: str | None = None,
+        keep_reference: bool = False,
+        explain: bool = False,
     ) -> Hits:
         """The k items nearest to a query, best first, none scored below `threshold`.
 
-        `image` is a picture or an item's id; `modify` asks for that picture changed, and leaves the picture itself out.
+        `image` is a picture or an item's id; `modify` asks for that picture changed, and leaves the picture itself out unless
+        `keep_reference`. `plus` and `minus` are texts, pictures (paths as Path), ids, or pairs of one and its weight; `where`
+        are filters (docs/filters.md). `explain` gives each hit the words that it shares with the query.
         Raises QueryError, FingerprintMismatch, CollectionError.
         """
-        query = Query(text, image, modify, prompts)
+        query = Query(text, image, modify, terms(plus), terms(minus), tuple(where), prompts)
+        return self.answer(query, k=k, threshold=threshold, keep_reference=keep_reference, explain=explain)
+
+    def answer(
+        self, query: Query, *, k: int = 10, threshold: float | None = None, keep_reference: bool = False, explain: bool = False
+    ) -> Hits:
+        """As `search`, for a query that is a value already."""
         if k < 1:
             raise QueryError(f"k must be at least 1, not {k}")
+        if threshold is not None and not abs(threshold) <= (np.inf if query.signed else 1):
+            raise QueryError(f"the threshold must be a number between -1 and 1, as cosines are, not {threshold:g}")
+        where = filters.parse(query.where)
         watch = Stopwatch()
         with watch.phase("load"):
-            index, built = self._current_index()
+            view = self._view(query)
+            index, built = self._current_index(view)
             if built:
-                self._save_if_free(index)
+                self._save_if_free(index, view)
             if not index.ntotal:
                 raise CollectionNotFound(
                     f"collection {self.path} is empty; fill it with: e5v-search index FOLDER -c {self.path}"
                 )
-            reference = self._items_of(image) if image is not None else []
-            stored = self._stored_vector(query, reference)
-            embedder = self.embedder() if stored is None or text is not None else None
+            inputs = [self.space.resolve(each, query.prompts, view) for each in query.inputs]
+            signed = [self.space.resolve(each, query.prompts, view) for each, _ in query.signed]
+            if explain or any(each.stored is None for each in (*inputs, *signed)):
+                self.embedder()
         with watch.phase("embed"):
-            xq = self._query_vector(query, stored, embedder)
+            x = self.space.embed([*inputs, *signed])
+            xq = combine(x[: len(inputs)], x[len(inputs) :], [weight for _, weight in query.signed])
         with watch.phase("search"):
-            excluded = set(reference) if query.composed else set()
-            # a few more than asked: an item may be forgotten by another process between index and catalog
-            D, ids = index.search(xq[None], k + len(reference) + 8)
-            items = self.catalog.items(ids[0].tolist())
+            reference = inputs[0].ids if query.image is not None else []
+            excluded = set(reference) if query.composed and not keep_reference else set()
+            D, ids = nearest(index, self.catalog, xq, k + len(reference), where)
+            scores = dict(zip(ids.tolist(), D.tolist(), strict=True))
+            items = self.catalog.items(scores)
             # among equals, as copies of a photo are, the picture that was asked about comes first
-            found = sorted(
-                zip(D[0].tolist(), ids[0].tolist(), strict=True), key=lambda hit: (-hit[0], hit[1] not in reference[:1])
-            )
-            hits: list[Hit] = []
-            for score, item_id in found:
-                item = items.get(item_id)
-                if item is None or item_id in excluded or (threshold is not None and score < threshold):
-                    continue
-                facts = (item.kind, item.path, item.text, item.width, item.height, item.taken_at, item.part)
-                # stored rows are of length 1 but for the rounding of half precision
-                hits.append(Hit(len(hits) + 1, item_id, min(score, 1.0), *facts))
-        return Hits(hits[:k], query.to_json(), self.catalog.fingerprint or "", watch.total())
+            order = sorted((i for i in scores if i in items), key=lambda i: (-scores[i], i not in reference[:1]))
+            found = [i for i in order if i not in excluded and (threshold is None or scores[i] >= threshold)][:k]
+        words = self._shared_words(found, xq, view) if explain else {}
+        # stored rows are of length 1 but for the rounding of half precision
+        most = np.inf if query.signed else 1.0
+        hits = [Hit.of(items[i], rank, min(scores[i], most), words.get(i)) for rank, i in enumerate(found, start=1)]
+        return Hits(hits, query.to_json(), self.catalog.fingerprint or "", watch.total())
 
-    def _items_of(self, image: Picture | int) -> list[int]:
-        """Ids of the items with the content of this picture, the very item or file that was named first."""
-        if isinstance(image, int):
-            item = self.catalog.items([image]).get(image)
-            if item is None:
-                raise QueryError(f"collection {self.path} has no item {image}; ids are shown by search --json")
-            content_hash = item.content_hash
-        elif isinstance(image, str | os.PathLike):
-            try:
-                content_hash = media.content_hash(image)
-            except MediaError as error:
-                raise type(error)(f"{media.shown(image)}: {error}") from error
-            item = self.catalog.item_by_path(os.path.realpath(image))
-        else:
-            return []
-        return sorted(self.catalog.ids_of_content(content_hash), key=lambda i: item is None or i != item.id)
+    def _view(self, query: Query) -> str:
+        """The view whose photos were read as the query asks; where the collection has none such, the one it always has."""
+        prompts = query.prompts or (COMPOSED if query.composed else VIEW)
+        return prompts if prompts in self.catalog.views else VIEW
 
-    def _stored_vector(self, query: Query, reference: list[int]) -> np.ndarray | None:
-        """A picture that the collection holds need not be embedded again to be searched by."""
-        if query.composed or not reference or query.prompts is not None:
-            return None
-        for _, x in self.catalog.vectors(ids=reference[:1]):
-            vector: np.ndarray = x[0].astype(np.float32)
-            return vector
-        return None
+    def _shared_words(self, ids: Sequence[int], xq: np.ndarray, view: str) -> dict[int, list[str]]:
+        unit = xq / max(float(np.linalg.norm(xq)), 1e-12)
+        shared: dict[int, list[str]] = {}
+        for block, x in self.catalog.vectors(ids=ids, view=view):
+            for item_id, row in zip(block.tolist(), x.astype(np.float32), strict=True):
+                shared[item_id] = [word.text for word in self.embedder().shared_words(unit, row, _SHARED_WORDS)]
+        return shared
 
-    def _query_vector(self, query: Query, stored: np.ndarray | None, embedder: Embedder | None) -> np.ndarray:
-        parts = [] if stored is None else [stored]
-        if embedder is not None:
-            if query.modify is not None:
-                parts.append(embedder.embed_composed([(self._picture(query.image), query.modify)], query.prompts or "cirr")[0])
-            else:
-                prompts = query.prompts or "retrieval"
-                if query.image is not None and stored is None:
-                    parts.append(embedder.embed_images([self._picture(query.image)], prompts)[0])
-                if query.text is not None:
-                    parts.append(embedder.embed_texts([query.text], prompts)[0])
-        xq = np.sum(parts, axis=0)
-        unit: np.ndarray = (xq / np.linalg.norm(xq)).astype(np.float32)
-        return unit
-
-    def _picture(self, image: Picture | int | None) -> Picture:
-        if not isinstance(image, int):
-            assert image is not None
-            return image
-        path = self.catalog.items([image])[image].path
-        if path is None:
-            raise QueryError(f"item {image} is no photo; give one with --image")
-        return path
-
-    def _save_if_free(self, index: Index) -> None:
+    def _save_if_free(self, index: Index, view: str) -> None:
         # a search repairs the index for the next one, but never waits or fails for it
         with suppress(CollectionError), self._writing():
-            index.save(self.index_path)
+            index.save(self.indexes.path(view))
 
     def thumbnail(self, item_id: int, size: int = 512) -> Path:
         """A small JPEG of a photo, at most `size` pixels wide and high, kept in the collection: it serves while the disk
         with the photo is away. Raises QueryError for what is no photo, MediaError when it has to be read and cannot be.
         """
         item = self.catalog.items([item_id]).get(item_id)
-        if item is None or item.path is None:
+        if item is None or item.path is None or item.kind != "image":
             raise QueryError(f"item {item_id} of {self.path} is no photo")
         try:
             return media.thumbnail(item.path, item.content_hash, self.path / "thumbnails", size)

@@ -149,3 +149,11 @@ def _picture(image: Picture | int, item: Item | None) -> Picture:
     if item.kind == "rendered" and item.text is not None:
         return render(item.text)
     raise QueryError(f"item {image} is a text, no picture; give a picture with --image")
+
+
+def combine(main: np.ndarray, signed: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """The query vector xq (d,): main inputs (n, d) added and normalised, then the terms (m, d) by their signed weights (m,)."""
+    xq = main.sum(axis=0)
+    length = float(np.linalg.norm(xq))
+    unit = xq / length if length else xq
+    return (unit + np.asarray(weights, np.float32) @ signed if len(weights) else unit).astype(np.float32)
