@@ -1,5 +1,6 @@
 """Sums of queries, contrasts, comparisons and explanations, each against the plain formula over the model's own vectors."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,3 +155,15 @@ def test_what_cannot_be_an_input(c: Collection, model: Embedder, tmp_path: Path)
         c.space.vectors([Input(image=tmp_path / "none.jpg")])
     with pytest.raises(UsageError, match="has no image prompt"):
         c.space.vectors([Input(image=COFFEE)], "sts")
+
+
+def test_the_documented_questions(c: Collection) -> None:
+    dog = Path(__file__).parent.parent.parent / "shared/data/photos/n02099601_golden_retriever.jpg"
+    if not dog.exists():
+        pytest.skip("the photo of a golden retriever is in the shared data folder, which is not here")
+    page = (Path(__file__).parent.parent / "docs/search.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z -]+) \| ([a-z -]+) \| (-?\d\.\d{3}) \| (-?\d\.\d{3}) \|$", page, re.MULTILINE)
+    assert len(rows) == 6
+    for positive, negative, *documented in rows:
+        scores = {hit.path: hit.score for hit in c.space.ask(positive, negative, [dog, CAT])[0]}
+        assert [scores[str(dog.resolve())], scores[str(CAT)]] == pytest.approx([float(x) for x in documented], abs=2e-3)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -96,9 +96,10 @@ class Space:
         return Hits(hits, query, self.fingerprint, watch.total()), failed
 
     def _hit(self, rank: int, score: float, resolved: Resolved, path: str) -> Hit:
+        found = os.path.realpath(path)
         if self._catalog is not None and resolved.ids:
-            return Hit.of(self._catalog.items(resolved.ids[:1])[resolved.ids[0]], rank, score)
-        return Hit(rank, None, score, "image", os.path.realpath(path))
+            return replace(Hit.of(self._catalog.items(resolved.ids[:1])[resolved.ids[0]], rank, score), path=found)
+        return Hit(rank, None, score, "image", found)
 
     @property
     def fingerprint(self) -> str:
