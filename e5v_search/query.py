@@ -163,7 +163,7 @@ def parse_term(argument: str) -> Term:
             what, weight = argument, 1.0
         elif not 0 < weight < math.inf:
             raise QueryError(
-                f"{argument!r}: the weight {match['weight']!r} after the last colon (column {match.start('weight') + 1}) is not a "
+                f"{argument!r}: the weight {match['weight']!r} after the last colon (column {match.start('weight') + 1}) is no "
                 f"number above 0; a text that ends like this needs a weight of its own: {argument + ':1'!r}"
             )
     if what.startswith("image:"):

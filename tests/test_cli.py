@@ -514,3 +514,76 @@ def test_unexpected_errors_are_one_line_and_a_traceback_with_debug(library: Path
         assert result.exit_code == 3
         assert "Traceback" in result.stderr
         assert "in fail" in result.stderr
+
+
+# ask, compare, explain
+
+
+def test_ask_json_has_the_fields_of_search(library: Path) -> None:
+    photos = sorted((library / "photos").glob("*.jpg"))
+    named = json.loads(run("ask", "--positive", "a dog", "--negative", "a cat", *photos[:3], "--json").stdout)
+    whole = json.loads(run("ask", "--positive", "a dog", "--negative", "a cat", "--json").stdout)
+    found = json.loads(run("search", "a dog", "--minus", "a cat", "--json").stdout)
+    assert list(named) == list(whole) == ["query", "fingerprint", "took_ms", "hits"]
+    assert whole["hits"] == found["hits"]
+    scores = {hit["path"]: hit["score"] for hit in whole["hits"]}
+    assert {hit["path"]: pytest.approx(hit["score"], abs=2e-3) for hit in named["hits"]} == {
+        str(path): scores[str(path)] for path in photos[:3]
+    }
+
+
+def test_ask_goes_on_after_a_bad_picture(library: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    result = run("ask", "--positive", "a dog", "--negative", "a cat", tmp_path / "bad.jpg", library / "photos/0000.jpg")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == f"{tmp_path}/bad.jpg: the file is empty"
+    assert result.stdout.splitlines()[-1].endswith("photos/0000.jpg")
+
+
+def test_ask_and_compare_need_no_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("E5V_HOME", str(tmp_path / "home"))
+    [photo] = write_photos(tmp_path, 1)
+    assert run("ask", "--positive", "a dog", "--negative", "a cat", photo).exit_code == 0
+    assert "there is no collection to ask" in run("ask", "--positive", "a dog", "--negative", "a cat").stderr
+    table = json.loads(run("compare", photo, "text:a dog", "--json").stdout)
+    assert table["inputs"] == [{"image": str(photo)}, {"text": "a dog"}]
+    assert np.allclose(np.diag(table["cosines"]), 1, atol=1e-5)
+    assert table["cosines"][0][1] == table["cosines"][1][0]
+    assert "ids belong to a collection" in refused(2, "compare", "1")
+    assert "no collection at" in refused(3, "compare", photo, "-c", "none")
+    assert not (tmp_path / "home").exists()
+
+
+def test_another_model_leaves_an_unnamed_collection_alone(library: Path) -> None:
+    photo = library / "photos/0000.jpg"
+    for command in (["compare", photo], ["explain", photo], ["ask", "--positive", "a", "--negative", "b", photo]):
+        assert run(*command, "--model", TINY).exit_code == 0
+        assert "made by" in refused(3, *command, "--model", TINY, "-c", str(library / "home/default"))
+
+
+def test_explain_says_words_and_those_shared(library: Path) -> None:
+    alone = json.loads(run("explain", "text:a dog in the snow", "-k", "7", "--json").stdout)
+    assert len(alone["words"]) == 7
+    assert [word["score"] for word in alone["words"]] == sorted((word["score"] for word in alone["words"]), reverse=True)
+    both = json.loads(run("explain", "1", "text:a dog in the snow", "--json").stdout)
+    assert (both["input"], both["other"]) == ({"image": 1}, {"text": "a dog in the snow"})
+    assert run("explain", "1", "--modify", "at night", "-k", "3").stdout.count("\n") == 3
+    hits = json.loads(run("search", "a dog", "--explain", "-k", "2", "--json").stdout)["hits"]
+    assert all(hit["words"] and all(isinstance(word, str) for word in hit["words"]) for hit in hits)
+    assert ", ".join(hits[0]["words"]) in run("search", "a dog", "--explain", "-k", "2").stdout
+    assert next(csv.DictReader(io.StringIO(run("search", "a dog", "--explain", "--csv").stdout)))["words"]
+
+
+@pytest.mark.parametrize(
+    ("term", "said"),
+    [
+        ("snow:0", "column 6"),
+        ("snow:-1", "the weight '-1'"),
+        ("", "the query text is empty"),
+        ("image:", "the name of the picture is empty"),
+        ("image:777", "no item 777"),
+    ],
+)
+def test_bad_terms_are_named(library: Path, term: str, said: str) -> None:
+    for option in ("--plus", "--minus"):
+        assert said in refused(2, "search", "a dog", option, term)

@@ -126,7 +126,13 @@ def test_ask_without_a_collection_goes_on_after_a_bad_picture(model: Embedder, t
 
 
 def test_vectors_come_in_the_order_of_the_inputs(c: Collection, model: Embedder) -> None:
-    inputs = [Input("a dog"), Input(image=CAT), Input(image=CAT, modify="at night"), Input(image=id_of(c, COFFEE)), Input("tea")]
+    inputs = [
+        Input("a dog"),
+        Input(image=CAT),
+        Input(image=CAT, modify="at night"),
+        Input(image=id_of(c, COFFEE)),
+        Input("tea"),
+    ]
     expected = np.concatenate(
         (
             model.embed_texts(["a dog"]),
@@ -141,9 +147,7 @@ def test_vectors_come_in_the_order_of_the_inputs(c: Collection, model: Embedder)
 
 
 def test_other_prompts_are_embedded_even_if_the_collection_holds_the_picture(c: Collection, model: Embedder) -> None:
-    np.testing.assert_allclose(
-        c.space.vectors([Input(image=CAT)], "cirr"), model.embed_images([CAT], "cirr"), atol=1e-5
-    )
+    np.testing.assert_allclose(c.space.vectors([Input(image=CAT)], "cirr"), model.embed_images([CAT], "cirr"), atol=1e-5)
 
 
 def test_what_cannot_be_an_input(c: Collection, model: Embedder, tmp_path: Path) -> None:

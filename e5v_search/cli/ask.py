@@ -51,7 +51,8 @@ def _space(collection: str, choice: "ModelChoice") -> "Iterator[tuple[Space, Col
         "e5v-search ask --positive 'an image of a dog' --negative 'an image of a cat' dog.jpg cat.jpg",
         "e5v-search ask --positive 'a wild animal' --negative 'a domestic animal' -c holidays -k 3",
         "e5v-search ask --positive snow --negative sand --where orientation=landscape --json",
-        "e5v-search ask --positive snow --negative sand cat.jpg --model e5v-tiny --device cpu --dtype float32 --prompts retrieval",
+        "e5v-search ask --positive snow --negative sand cat.jpg --prompts retrieval",
+        "e5v-search ask --positive snow --negative sand cat.jpg --model e5v-tiny --device cpu --dtype float32",
     )
 )
 @click.option("--positive", required=True, metavar="TEXT", help="What the picture should be.")

@@ -39,7 +39,10 @@ prompts_option = click.option(
     "--prompts", metavar="SET|FILE.toml", help="Another prompt set for what is asked: a known one, or a file of your own."
 )
 where_option = click.option(
-    "--where", multiple=True, metavar="EXPR", help="Only items that pass, as 'taken>=2023-05 and near=48.85,2.35,10km'; repeatable."
+    "--where",
+    multiple=True,
+    metavar="EXPR",
+    help="Only items that pass, as 'taken>=2023-05 and near=48.85,2.35,10km'; repeatable.",
 )
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no warnings, no summary.")
 

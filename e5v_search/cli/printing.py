@@ -128,7 +128,7 @@ def save_sheet(source: "Collection", hits: Sequence["Hit"], out: Path, title: st
 
     pictures = []
     for hit in hits:
-        if hit.path is None:
+        if hit.path is None or hit.id is None:
             continue
         picture = Path(hit.path)
         with suppress(MediaError):  # then the sheet shows a grey cell with the name

@@ -66,8 +66,9 @@ class Space:
         for kind, prompts in dict.fromkeys((r.kind, r.prompts) for r in resolved if r.stored is None):
             chosen = [i for i, r in enumerate(resolved) if r.stored is None and (r.kind, r.prompts) == (kind, prompts)]
             model = self.embedder()
-            embed = {"text": model.embed_texts, "image": model.embed_images, "composed": model.embed_composed}[kind]
-            for i, vector in zip(chosen, embed([resolved[i].value for i in chosen], prompts), strict=True):
+            ways: dict[str, Callable[..., np.ndarray]]
+            ways = {"text": model.embed_texts, "image": model.embed_images, "composed": model.embed_composed}
+            for i, vector in zip(chosen, ways[kind]([resolved[i].value for i in chosen], prompts), strict=True):
                 out[i] = vector
         return np.stack([vector for vector in out if vector is not None])
 
@@ -82,7 +83,7 @@ class Space:
         failed: list[Failure] = []
         with watch.phase("embed"):
             wanted, unwanted = self.vectors([Input(positive), Input(negative)], prompts)
-            for path in map(os.fspath, images):
+            for path in [os.fspath(image) for image in images]:
                 try:
                     resolved = self.resolve(Input(image=path), prompts)
                     [x] = self.embed([resolved])
@@ -157,4 +158,5 @@ def combine(main: np.ndarray, signed: np.ndarray, weights: Sequence[float]) -> n
     xq = main.sum(axis=0)
     length = float(np.linalg.norm(xq))
     unit = xq / length if length else xq
-    return (unit + np.asarray(weights, np.float32) @ signed if len(weights) else unit).astype(np.float32)
+    summed: np.ndarray = unit + np.asarray(weights, np.float32) @ signed if len(weights) else unit
+    return summed.astype(np.float32)
