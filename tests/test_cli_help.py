@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import pictures
 import pytest
 from command_line import follow_and_stop, run, write_photos
+from PIL import ExifTags, Image
 
 from e5v_search.cli import cli
 from e5v_search.cli.printing import printable, size
@@ -49,11 +51,15 @@ def test_every_command_and_option_is_explained_and_shown(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What the examples speak of: photos, a dog, captions, changes, two collections."""
+    """What the examples speak of: photos, a dog of 2020, a cat, captions, changes, two collections."""
     base = tmp_path_factory.mktemp("examples")
     write_photos(base / "photos", 3)
     write_photos(base / "photos/old", 1, first=10)
-    shutil.copy(write_photos(base / "photos", 1, first=20)[0], base / "dog.jpg")
+    write_photos(base / "photos", 1, first=20)
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2020:05:17 10:00:00"
+    pictures.photo(66, 45, seed=20).save(base / "dog.jpg", quality=90, exif=exif)
+    shutil.copy(ROOT / "e5v_search/samples/cat.jpg", base / "cat.jpg")
     (base / "captions.txt").write_text("a dog\na cat\n")
     change = {"image": "dog.jpg", "text": "make it a cat"}
     (base / "changes.jsonl").write_text(json.dumps(change) + "\n")

@@ -43,6 +43,8 @@ def _space(collection: str, choice: "ModelChoice") -> "Iterator[tuple[Space, Col
         yield Space(choice.load), None
     else:
         with source:
+            if choice.name != "auto":
+                source.embedder()  # a wrong one is refused even when stored vectors would do
             yield source.space, source
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         "e5v-search search --image dog.jpg --modify 'at night' --keep-reference",
         "e5v-search search --image 1 --json",
         "e5v-search search a dog --plus snow:0.5 --minus grass --minus image:cat.jpg:0.3",
-        "e5v-search search a dog --where 'width>height and taken>=2019' --where kind=image",
+        "e5v-search search a dog --where 'orientation=landscape and taken>=2019' --where kind=image",
         "e5v-search search a dog --explain",
         "e5v-search search a red car --paths -0 | xargs -0 ls -l",
         "e5v-search search a red car --csv -c holidays --prompts retrieval > found.csv",

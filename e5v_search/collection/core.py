@@ -14,9 +14,9 @@ from filelock import FileLock, Timeout
 
 from e5v_search import backbones, filters, media
 from e5v_search.catalog import VIEW, Catalog
+from e5v_search.collection import narrow
 from e5v_search.collection.indexes import Indexes
 from e5v_search.collection.ingest import Ingest
-from e5v_search.collection.narrow import nearest
 from e5v_search.collection.report import Hit, Hits, Report, Stopwatch
 from e5v_search.collection.space import COMPOSED, Space, combine
 from e5v_search.config import collection_path
@@ -313,7 +313,7 @@ class Collection:
         with watch.phase("search"):
             reference = inputs[0].ids if query.image is not None else []
             excluded = set(reference) if query.composed and not keep_reference else set()
-            D, ids = nearest(index, self.catalog, xq, k + len(reference), where)
+            D, ids = narrow.search(index, self.catalog, xq, k + len(reference), where)
             scores = dict(zip(ids.tolist(), D.tolist(), strict=True))
             items = self.catalog.items(scores)
             # among equals, as copies of a photo are, the picture that was asked about comes first
