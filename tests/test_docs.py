@@ -33,7 +33,8 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pictures.mkdir(parents=True)
     for photo in SAMPLES[:6]:
         shutil.copy(photo, pictures)
-    shutil.copy(SAMPLES[0], tmp_path / "cat.jpg")
+    shutil.copy(SAMPLES[2], tmp_path / "cat.jpg")
+    shutil.copy(SAMPLES[0], tmp_path / "dog.jpg")
     (tmp_path / "sentences.txt").write_text("a dog\na cat\n")
     (tmp_path / "changes.jsonl").write_text('{"image": "cat.jpg", "text": "at night"}\n')
     (tmp_path / "bin").mkdir()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def _space(collection: str, choice: "ModelChoice") -> "Iterator[tuple[Space, Col
             if not unnamed:
                 raise
     if source is None:
-        yield Space(choice.load), None
+        yield Space(cache(choice.load)), None
     else:
         with source:
             if choice.name != "auto":

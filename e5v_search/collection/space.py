@@ -33,10 +33,13 @@ class Resolved:
 
 
 class Space:
-    """`load` gives the model and is called only when something must be embedded. Without a catalog no input may be an id."""
+    """`embedder` gives the model, the same at each call; it is called only when something must be embedded.
 
-    def __init__(self, load: Callable[[], Embedder], catalog: Catalog | None = None) -> None:
-        self.embedder = load
+    Without a catalog no input may be an id.
+    """
+
+    def __init__(self, embedder: Callable[[], Embedder], catalog: Catalog | None = None) -> None:
+        self.embedder = embedder
         self._catalog = catalog
 
     def vectors(self, inputs: Sequence[Input], prompts: str | None = None) -> np.ndarray:
