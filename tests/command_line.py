@@ -48,6 +48,16 @@ def follow_and_stop(*args: str) -> tuple[int, str]:
     return process.returncode, (first + rest).decode()
 
 
+def write_opener(folder: Path) -> Path:
+    """A program that takes the place of the system's opener of files, and the list that it keeps of what it was given."""
+    folder.mkdir(exist_ok=True)
+    opened = folder / "opened"
+    for name in ("xdg-open", "open"):
+        (folder / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> "{opened}"\n')
+        (folder / name).chmod(0o755)
+    return opened
+
+
 def write_photos(folder: Path, n: int, first: int = 0) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:04d}.jpg" for i in range(first, first + n)]

@@ -1,6 +1,7 @@
 """--help is whole, its examples run as they stand, and asking for it loads nothing heavy."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import click
 import pictures
 import pytest
-from command_line import follow_and_stop, run, write_photos
+from command_line import follow_and_stop, run, write_opener, write_photos
 from PIL import ExifTags, Image
 
 from e5v_search.cli import cli
@@ -65,6 +66,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (base / "changes.jsonl").write_text(json.dumps(change) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("E5V_HOME", str(base / "home"))
+        write_opener(base / "bin")
+        patch.setenv("PATH", f"{base / 'bin'}{os.pathsep}{os.environ['PATH']}")
         patch.chdir(base)
         for collection in ("default", "holidays"):
             run("index", "photos", "dog.jpg", "-c", collection)

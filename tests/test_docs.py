@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from command_line import follow_and_stop
+from command_line import follow_and_stop, write_opener
 
 from e5v_search.cli import cli
 
@@ -37,7 +37,8 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(SAMPLES[0], tmp_path / "dog.jpg")
     (tmp_path / "sentences.txt").write_text("a dog\na cat\n")
     (tmp_path / "changes.jsonl").write_text('{"image": "cat.jpg", "text": "at night"}\n')
-    (tmp_path / "bin").mkdir()
+    write_opener(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("E5V_HOME", str(tmp_path / "data"))

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,8 +74,11 @@ def size(n: float) -> str:
     return f"{n:.0f} {units[0]}" if units[0] == "bytes" or n >= 10 else f"{n:.1f} {units[0]}"
 
 
-def print_hits(hits: Sequence["Hit"]) -> None:
-    """A table. The path comes last and is never cut, so that it can be copied whole."""
+def print_hits(hits: Sequence["Hit"], drawn: Sequence[bytes] = ()) -> None:
+    """A table. The path comes last and is never cut, so that it can be copied whole.
+
+    `drawn`: for each hit what draws its thumbnail, which follows its line.
+    """
     rows = [
         (
             str(hit.rank),
@@ -89,12 +92,14 @@ def print_hits(hits: Sequence["Hit"]) -> None:
     header = ("#", "score", "size", "taken", "path")
     shown = [i for i in range(len(header)) if any(row[i] for row in rows)]  # a column without any value says nothing
     widths = [max(len(row[i]) for row in (header, *rows)) for i in shown[:-1]]
-    for row, hit in zip((header, *rows), (None, *hits), strict=True):
+    for row, hit, picture in zip((header, *rows), (None, *hits), (b"", *(drawn or [b""] * len(rows))), strict=True):
         cells = [row[i].rjust(width) for i, width in zip(shown, widths, strict=False)]
         click.echo(click.style("  ".join([*cells, row[shown[-1]]]), dim=row is header))
         if hit is not None and hit.words is not None:
             indent = " " * (sum(widths) + 2 * len(widths))
             click.echo(click.style(indent + printable(", ".join(hit.words) or "(no word in common)"), dim=True))
+        if picture:
+            _write(picture)
 
 
 def print_csv(hits: Sequence["Hit"]) -> None:
@@ -121,17 +126,42 @@ def _write(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
+def draw_hits(source: "Collection", hits: Sequence["Hit"], draw: Callable[[Path], bytes]) -> list[bytes]:
+    """For each hit what draws its thumbnail; nothing for what is no photo."""
+    return [draw(picture) if (picture := _picture(source, hit)) else b"" for hit in hits]
+
+
 def save_sheet(source: "Collection", hits: Sequence["Hit"], out: Path, title: str) -> None:
-    """Draw the hits with their scores into the picture file `out`."""
-    from e5v_search.errors import MediaError
+    """Draw the hits with their scores into the picture file `out`; one that cannot be read is a grey cell with its name."""
     from e5v_search.media import contact_sheet
 
-    pictures = []
-    for hit in hits:
-        if hit.path is None or hit.id is None:
-            continue
-        picture = Path(hit.path)
-        with suppress(MediaError):  # then the sheet shows a grey cell with the name
-            picture = source.thumbnail(hit.id)
-        pictures.append((picture, f"{hit.score:.3f}\n{printable(os.path.basename(hit.path))}"))
+    pictures = [
+        (_picture(source, hit) or Path(hit.path), f"{hit.score:.3f}\n{printable(os.path.basename(hit.path))}")
+        for hit in hits
+        if hit.path is not None
+    ]
     contact_sheet(pictures, out, title)
+
+
+def _picture(source: "Collection", hit: "Hit") -> Path | None:
+    """The thumbnail of a hit, or None of what is no photo of the collection and of one that cannot be read."""
+    from e5v_search.errors import MediaError, QueryError
+
+    if hit.id is None:
+        return None
+    with suppress(MediaError, QueryError):
+        return source.thumbnail(hit.id)
+    return None
+
+
+def open_best(hits: Sequence["Hit"]) -> None:
+    """Open the file of the best hit that has one, as a double click on it would. Raises E5VError when nothing can."""
+    from e5v_search.errors import E5VError
+
+    path = next((hit.path for hit in hits if hit.path is not None), None)
+    if path is None:
+        return
+    if not os.path.exists(path):
+        raise E5VError(f"{shown_path(path)} cannot be opened: it is not there, or its disk is away")
+    if click.launch(path) != 0:
+        raise E5VError(f"{shown_path(path)} cannot be opened: no program here does it (on Linux, xdg-utils finds one)")

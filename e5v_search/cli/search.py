@@ -1,11 +1,13 @@
 """`search`: find items by a text, a picture, a picture and a change to it, and by sums of these."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from e5v_search.cli.inline import MODES, thumbnails
 from e5v_search.cli.options import (
     collection_option,
     debug_option,
@@ -15,7 +17,7 @@ from e5v_search.cli.options import (
     prompts_option,
     where_option,
 )
-from e5v_search.cli.printing import print_csv, print_hits, print_json, print_paths, printable, save_sheet
+from e5v_search.cli.printing import draw_hits, open_best, print_csv, print_hits, print_json, print_paths, printable, save_sheet
 
 if TYPE_CHECKING:
     from e5v_search.query import Query
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
         "e5v-search search a dog --plus snow:0.5 --minus grass --minus image:cat.jpg:0.3",
         "e5v-search search a dog --where 'orientation=landscape and taken>=2019' --where kind=image",
         "e5v-search search a dog --explain",
+        "e5v-search search a dog in the snow --thumbnails never --open",
         "e5v-search search a red car --paths -0 | xargs -0 ls -l",
         "e5v-search search a red car --csv -c holidays --prompts retrieval > found.csv",
         "e5v-search search a red car --model e5v-tiny --device cpu --dtype float32 --allow-mismatch",
@@ -56,6 +59,15 @@ if TYPE_CHECKING:
 @click.option("-0", "--null", "null", is_flag=True, help="With --paths: end each with a NUL, as xargs -0 wants it.")
 @json_option
 @click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Draw the results into this picture file.")
+@click.option(
+    "--thumbnails",
+    "mode",
+    type=click.Choice(MODES),
+    default="auto",
+    show_default=True,
+    help="Small pictures below the results: if the terminal shows pictures, never, or always in one protocol.",
+)
+@click.option("--open", "open_it", is_flag=True, help="Open the best result with the program that the system has for it.")
 @click.option("--explain", is_flag=True, help="Say the words of the model's vocabulary that query and result share.")
 @prompts_option
 @collection_option
@@ -77,6 +89,8 @@ def search(
     null: bool,
     as_json: bool,
     sheet: Path | None,
+    mode: str,
+    open_it: bool,
     explain: bool,
     prompts: str | None,
     collection: str,
@@ -110,10 +124,12 @@ def search(
     from e5v_search.collection import Collection, ModelChoice
 
     choice = ModelChoice(model, device, dtype, quantize)
+    draw = None if as_json or as_csv or as_paths else thumbnails(mode, sys.stdout)
     with Collection.open(collection, choice, create=False, allow_mismatch=allow_mismatch) as source:
         hits = source.answer(asked, k=k, threshold=threshold, keep_reference=keep_reference, explain=explain)
         if sheet is not None:
             save_sheet(source, hits, sheet, title=_title(asked))
+        drawn = draw_hits(source, hits, draw) if draw else []
     if as_json:
         print_json(hits.to_json())
     elif as_csv:
@@ -121,11 +137,13 @@ def search(
     elif as_paths:
         print_paths(hits, b"\0" if null else b"\n")
     elif hits:
-        print_hits(hits)
+        print_hits(hits, drawn)
     else:
         click.echo(_nothing(threshold, where), err=True)
     if sheet is not None:
         click.echo(f"drawn: {printable(str(sheet))}", err=True)
+    if open_it:
+        open_best(hits)
 
 
 def _nothing(threshold: float | None, where: tuple[str, ...]) -> str:
