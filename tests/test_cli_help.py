@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import numpy as np
 import pictures
 import pytest
 from command_line import follow_and_stop, run, write_opener, write_photos
@@ -71,6 +72,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(base)
         for collection in ("default", "holidays"):
             run("index", "photos", "dog.jpg", "-c", collection)
+        run("export", "--out", "old-export")
+        (base / "my-vectors").mkdir()
+        np.save(base / "my-vectors/vectors.npy", np.eye(3, 256, dtype=np.float32))
         yield base
 
 

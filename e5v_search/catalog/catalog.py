@@ -14,6 +14,7 @@ from e5v_search.catalog.connection import damaged, guarded, now, to_sql, transac
 from e5v_search.catalog.files import BLOCK, Files
 from e5v_search.catalog.records import KINDS, VIEW, Corpus, Failed, FileRow, Item, Put
 from e5v_search.catalog.store import Row
+from e5v_search.catalog.transfer import Transfer
 from e5v_search.catalog.where import Plan, Where
 from e5v_search.errors import CatalogDamaged
 from e5v_search.filters import Filter
@@ -24,7 +25,7 @@ _ITEM = (
 )
 
 
-class Catalog(Files):
+class Catalog(Files, Transfer):
     """Items and their vectors, and the files that they come from."""
 
     def __init__(self, path: Path, db: Database) -> None:

@@ -144,21 +144,27 @@ class Store:
     def add_views(self, views: Iterable[str]) -> None:
         """From now on every item is to have a vector in these views too."""
         with guarded(self.path), transaction(self._db):
-            value = json.dumps(list(dict.fromkeys([*self.views, *views])))
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('views', ?)", (value,))
+            self._add_views(views)
+
+    def _add_views(self, views: Iterable[str]) -> None:
+        value = json.dumps(list(dict.fromkeys([*self.views, *views])))
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('views', ?)", (value,))
 
     def bind(self, fingerprint: str, dim: int, model: dict[str, Any]) -> None:
         """Bind the catalog to what makes its vectors, once for all. Raises FingerprintMismatch if it is bound to another."""
         with guarded(self.path), transaction(self._db):
-            bound, bound_dim = self.fingerprint, self.dim
-            if bound is None:
-                rows = [("fingerprint", fingerprint), ("dim", dim), ("model", json.dumps(model))]
-                self._db.conn.executemany("INSERT INTO meta VALUES (?, ?)", rows)
-            elif (bound, bound_dim) != (fingerprint, dim):
-                raise FingerprintMismatch(
-                    f"the collection {self.path.parent} was made by {bound} ({bound_dim} numbers a vector), "
-                    f"not by {fingerprint} ({dim})"
-                )
+            self._bind(fingerprint, dim, model)
+
+    def _bind(self, fingerprint: str, dim: int, model: dict[str, Any]) -> None:
+        bound, bound_dim = self.fingerprint, self.dim
+        if bound is None:
+            rows = [("fingerprint", fingerprint), ("dim", dim), ("model", json.dumps(model))]
+            self._db.conn.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+        elif (bound, bound_dim) != (fingerprint, dim):
+            raise FingerprintMismatch(
+                f"the collection {self.path.parent} was made by {bound} ({bound_dim} numbers a vector), "
+                f"not by {fingerprint} ({dim})"
+            )
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:

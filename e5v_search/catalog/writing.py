@@ -17,7 +17,7 @@ _ITEM = ("kind", "content_hash", *_FACTS)
 _TEXTUAL = {"kind", "content_hash", "text", "taken_at", "camera", "format"}
 # binds text as bytes, see to_sql; CAST of NULL is NULL
 _SLOTS = tuple("CAST(? AS TEXT)" if name in _TEXTUAL else "?" for name in _ITEM)
-_INSERT = f"INSERT INTO items ({', '.join(_ITEM)}) VALUES ({', '.join(_SLOTS)})"
+_INSERT = f"INSERT INTO items (id, {', '.join(_ITEM)}) VALUES (?, {', '.join(_SLOTS)})"
 _UPDATE = f"UPDATE items SET {', '.join(f'{n} = {s}' for n, s in zip(_ITEM, _SLOTS, strict=True))} WHERE id = ?"
 
 # A part whose place another text has taken: nobody can say so until its file has been read on. No part's own name has it.
@@ -91,7 +91,18 @@ def _source(db: Database, put: Put) -> Source:
     return list(row[1:]), vectors
 
 
-def _put(db: Database, put: Put, source: Source | None, state: int, dim: int | None) -> int:
+def load_items(db: Database, puts: Iterable[Put], dim: int | None) -> int:
+    """Write items that have ids already into a catalog that has none of them, under one state. Returns how many."""
+    state = int(db.execute("SELECT value FROM meta WHERE key = 'state'").fetchone()[0]) + 1
+    loaded = 0
+    for put in puts:
+        _put(db, put, None, state, dim, new=True)
+        loaded += 1
+    db.execute("UPDATE meta SET value = ? WHERE key = 'state'", (state,))
+    return loaded
+
+
+def _put(db: Database, put: Put, source: Source | None, state: int, dim: int | None, new: bool = False) -> int:
     if bool(put.vectors) == (source is not None) or (put.vectors and VIEW not in put.vectors):
         raise ValueError(f"{put.path or put.text!r}: give either vectors, one for {VIEW!r} among them, or an item to copy from")
     own = [getattr(put, name) for name in _FACTS[:-1]] + [json.dumps(put.facts)]
@@ -103,8 +114,8 @@ def _put(db: Database, put: Put, source: Source | None, state: int, dim: int | N
         to_sql(value) if name in _TEXTUAL and value is not None else value
         for name, value in zip(_ITEM, [put.kind, put.content_hash, *facts], strict=True)
     ]
-    if put.item_id is None:
-        item_id = int(db.execute(_INSERT, values).lastrowid or 0)
+    if put.item_id is None or new:
+        item_id = int(db.execute(_INSERT, [put.item_id, *values]).lastrowid or 0)
     else:
         item_id = put.item_id
         if not db.execute(_UPDATE, [*values, item_id]).rowcount:

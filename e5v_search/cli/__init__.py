@@ -25,6 +25,7 @@ from e5v_search.cli.models import models
 from e5v_search.cli.options import DEBUG, debug_option, examples
 from e5v_search.cli.printing import printable
 from e5v_search.cli.search import search
+from e5v_search.cli.transfer import export, import_
 from e5v_search.errors import E5VError
 
 FAILED = 3
@@ -77,7 +78,23 @@ def cli() -> None:
     """Find photos by a sentence, by another photo, or by a photo and a change to it."""
 
 
-for _command in (index, search, ask, compare, explain, duplicates, status, verify, rebuild, forget, embed, models, doctor):
+for _command in (
+    index,
+    search,
+    ask,
+    compare,
+    explain,
+    duplicates,
+    status,
+    verify,
+    rebuild,
+    forget,
+    export,
+    import_,
+    embed,
+    models,
+    doctor,
+):
     cli.add_command(_command)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from e5v_search import backbones, filters, media
-from e5v_search.catalog import VIEW, Catalog
+from e5v_search.catalog import VIEW, Catalog, Put
 from e5v_search.collection import narrow
 from e5v_search.collection.indexes import Indexes
 from e5v_search.collection.ingest import Ingest
@@ -36,6 +36,9 @@ from e5v_search.query import Query, TermLike, terms
 
 _SHARED_WORDS = 5  # said of each hit when its score is to be explained
 _SYNC_AFTER = 20_000  # vectors that a search during a long run may have to fetch from the catalog itself
+
+
+UNKNOWN_MODEL = "unknown"  # the fingerprint of vectors that were imported without one
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,11 @@ class Collection:
     def embedder(self) -> Embedder:
         """The model, loaded on first use; FingerprintMismatch when it is not the one that made the collection."""
         with self._loading:
+            if self._bound == UNKNOWN_MODEL and not self._allow_mismatch:
+                raise FingerprintMismatch(
+                    f"collection {self.path} holds vectors of a model that is not known: they can be searched by each other "
+                    "(--image ID), not by texts or pictures; if you know the model, import them again with --model"
+                )
             if self._embedder is None:
                 assert self._choice is not None
                 embedder = self._resolve(self._choice).load()
@@ -223,6 +231,21 @@ class Collection:
         """Bring the index file to the catalog's state. Raises CollectionBusy, DiskFull, CollectionReadOnly."""
         with self._writing():
             self.indexes.sync()
+
+    def load(
+        self,
+        puts: Iterable[Put],
+        fingerprint: str,
+        dim: int,
+        model: dict[str, Any],
+        views: Iterable[str],
+        roots: Iterable[tuple[str, str]],
+    ) -> int:
+        """Fill the empty collection with items that bring ids and vectors, all or none; see Catalog.load. Returns how many."""
+        with self._writing():
+            loaded = self.catalog.load(puts, fingerprint, dim, model, views, roots)
+            self.indexes.rebuild()
+        return loaded
 
     def _refuse_another_model(self) -> None:
         """A wrong --model is refused even when nothing needs embedding."""
