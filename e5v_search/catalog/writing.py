@@ -122,7 +122,7 @@ def _put(db: Database, put: Put, source: Source | None, state: int, dim: int | N
             raise ValueError(f"there is no item {item_id}")
         db.execute("DELETE FROM files WHERE item_id = ?", (item_id,))
         db.execute("DELETE FROM vectors WHERE item_id = ?", (item_id,))
-    write_facts(db, item_id, facts[-1], replace=put.item_id is not None)
+    write_facts(db, item_id, facts[-1], replace=put.item_id is not None and not new)
     if put.path is not None:
         if put.part:
             _open_corpus(db, put.path, put.kind)
