@@ -1,13 +1,18 @@
 """What the rest of the program asks of a model. Knows no torch."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
+
+from e5v_search.errors import OutOfMemory, TextTooLong
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Picture = str | bytes | Path | Image.Image
 
@@ -85,3 +90,15 @@ class Embedder(Protocol):
     @abstractmethod
     def shared_words(self, a: np.ndarray, b: np.ndarray, k: int = 10) -> list[Word]:
         """The words that two embeddings (dim,) say both; a score is the smaller of the two cosines."""
+
+
+def embed_each(inputs: Sequence[T], embed: Callable[[list[T]], Iterable[R]]) -> list[R | TextTooLong | OutOfMemory]:
+    """What `embed` gives for each input, or why it gives none: one that is too much for the model takes no other with it."""
+    if not inputs:
+        return []
+    try:
+        return list(embed(list(inputs)))
+    except (TextTooLong, OutOfMemory) as error:
+        if len(inputs) == 1:
+            return [error]
+        return [one for each in inputs for one in embed_each([each], embed)]

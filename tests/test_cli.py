@@ -310,7 +310,7 @@ def test_embed_wants_one_kind_of_input(tmp_path: Path, arguments: tuple[str, ...
 
 
 def test_embed_names_the_file_that_is_missing(tmp_path: Path) -> None:
-    assert "none.txt: No such file" in refused(3, "embed", "--texts", tmp_path / "none.txt", "--out", tmp_path / "x.npy")
+    assert "none.txt: no such file" in refused(3, "embed", "--texts", tmp_path / "none.txt", "--out", tmp_path / "x.npy")
     texts = tmp_path / "texts.txt"
     texts.write_text("a dog\n")
     said = refused(2, "embed", "--texts", texts, "--out", tmp_path / "x.npy", "--prompts", "none")

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "e5v_search"
 FLOORS = [
     {"errors"},
-    {"config", "media", "render", "prompts", "embedder", "parallel", "filters"},
+    {"config", "media", "render", "prompts", "embedder", "parallel", "filters", "corpora"},
     {"backbones", "catalog", "index"},
     {"query"},  # the vocabulary of floor 3
     {"collection", "evaluation", "training"},

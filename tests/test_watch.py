@@ -344,7 +344,7 @@ def embedder(model: Path) -> LlavaNextEmbedder:
 @contextlib.contextmanager
 def following(c: Collection, *roots: Path) -> Iterator[tuple[Iterator[Report], list[str]]]:
     notes: list[str] = []
-    reports = Follower(c, [str(root) for root in roots], notes.append).run()
+    reports = Follower(c, [(str(root), "image") for root in roots], notes.append).run()
     with contextlib.closing(reports):
         yield reports, notes
 

@@ -10,7 +10,9 @@ from sqlite_utils import Database
 from e5v_search.catalog.connection import to_sql, transaction
 
 _CHUNK = 500
-_HERE = "i.kind = ? AND f.kind = i.kind AND f.path = CAST(? AS TEXT) AND i.id NOT IN (SELECT item_id FROM claimed)"
+_HERE = (
+    "i.kind = ? AND f.kind = i.kind AND f.path = CAST(? AS TEXT) AND i.id <= ? AND i.id NOT IN (SELECT item_id FROM claimed)"
+)
 _FIELDS = "f.part, i.content_hash, i.facts FROM items i JOIN files f ON f.item_id = i.id"
 
 
@@ -32,11 +34,19 @@ class Reading:
 
     def __init__(self, db: Database, path: str, kind: str) -> None:
         self._db = db
-        self._of = (kind, to_sql(path))
+        newest = db.execute("SELECT max(id) FROM items").fetchone()[0] or 0  # what is put meanwhile is not of before
+        self._of = (kind, to_sql(path), newest)
         db.execute("CREATE TEMP TABLE claimed (item_id INTEGER PRIMARY KEY)")
 
     def close(self) -> None:
         self._db.execute("DROP TABLE claimed")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the catalog has nothing of the file yet."""
+        return (
+            self._db.execute("SELECT 1 FROM files WHERE kind = ? AND path = CAST(? AS TEXT)", self._of[:2]).fetchone() is None
+        )
 
     def match(self, texts: Sequence[tuple[str, str]]) -> list[Part | None]:
         """The items, claimed now, with the content of these texts (part, content hash); None where there is none.

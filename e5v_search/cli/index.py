@@ -1,4 +1,4 @@
-"""`index`: photos into a collection."""
+"""`index`: photos and texts into a collection."""
 
 import time
 from contextlib import closing, suppress
@@ -21,10 +21,24 @@ if TYPE_CHECKING:
         "e5v-search index",
         "e5v-search index photos -c holidays --model e5v-tiny --device cpu --dtype float32",
         "e5v-search index photos dog.jpg --json --quiet",
+        "e5v-search index captions.txt --kind text",
+        "e5v-search index captions.txt --kind rendered -c holidays",
+        "e5v-search index photos --views retrieval,cirr",
         "e5v-search index photos --watch",
     )
 )
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--kind",
+    type=click.Choice(["image", "text", "rendered"]),
+    help="What PATHS are: photos (image, the default); files of texts, .txt .jsonl .csv .md (text); or such texts, each"
+    " drawn as a picture (rendered).",
+)
+@click.option(
+    "--views",
+    metavar="SET,...",
+    help="Prompt sets under which every item is to have a vector, from now on; composed search uses cirr.",
+)
 @collection_option
 @model_options
 @click.option("--watch", is_flag=True, help="Go on: bring in whatever happens in the folders, until stopped.")
@@ -35,6 +49,8 @@ if TYPE_CHECKING:
 def index(
     ctx: click.Context,
     paths: tuple[Path, ...],
+    kind: str | None,
+    views: str | None,
     collection: str,
     model: str,
     device: str,
@@ -44,37 +60,46 @@ def index(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Bring photos and folders of photos into a collection.
+    """Bring photos, or files of texts, into a collection.
 
     Only what is new or has changed is read; what was deleted leaves the results. Without PATHS, everything that was
-    indexed before is looked through again. It can be stopped at any time and goes on where it was.
+    indexed before is looked through again, each as what it was indexed as. It can be stopped at any time and goes on
+    where it was.
 
     With --watch it does not end: what is added, changed, renamed or deleted in the folders is in the results seconds
     later, until Ctrl-C or SIGTERM. With --json each change is a line of its own.
     """
-    from e5v_search.collection import Collection, Follower, ModelChoice
+    if kind is not None and not paths:
+        raise click.UsageError("--kind says what PATHS are: give some")
+    from e5v_search.collection import Collection, Follower, ModelChoice, canonical, check_first_run
 
-    with Collection.open(collection, ModelChoice(model, device, dtype, quantize), create=bool(paths)) as target:
-        roots = [str(path) for path in paths] or [path for path, _ in target.catalog.roots()]
-        if not roots:
+    choice = ModelChoice(model, device, dtype, quantize)
+    wanted = [view.strip() for view in views.split(",")] if views else []
+    named = [(path, kind or "image") for path in canonical(paths)]
+    if named:
+        check_first_run(collection, named, wanted, choice)
+    with Collection.open(collection, choice, create=bool(named)) as target:
+        sources = named or target.catalog.roots()
+        if not sources:
             raise click.UsageError(f"nothing was indexed into {target.path} before: say which folder to index")
-        follower = Follower(target, roots, lambda line: None if quiet else click.echo(printable(line), err=True))
-        with Progress("Indexing", "photo", quiet) as progress:
+        noun = _noun({kind for _, kind in sources})
+        follower = Follower(target, sources, lambda line: None if quiet else click.echo(printable(line), err=True), wanted)
+        with Progress("Indexing", noun, quiet) as progress:
 
             def show(report: "Report", total: int) -> None:
                 progress.update(report.done, total, len(report.failed))
 
             try:
                 reports = follower.run(show)
-                report = next(reports) if watch else target.ingest(roots, on_progress=show)
+                report = next(reports) if watch else target.ingest_sources(sources, wanted, show)
             except KeyboardInterrupt:
-                kept = count(target.catalog.count()["image"], "photo")
+                kept = count(sum(target.catalog.count().values()), noun)
                 raise KeyboardInterrupt(f"{kept} kept in {target.path}, and the same command goes on from there") from None
         with closing(reports), suppress(*((KeyboardInterrupt,) if watch else ())):  # the way in which a watch ends
             _tell(report, as_json, quiet)
             if not quiet:
                 if not report.done and not report.warnings:
-                    warn(_nothing_found(roots))
+                    warn(_nothing_found(sources))
                 if not as_json:
                     click.echo(f"{_summary(report)} ({printable(str(target.path))})")
             for change in reports if watch else ():
@@ -91,7 +116,7 @@ def _tell(report: "Report", as_json: bool, quiet: bool) -> None:
         warn(line)
     print_failures(report.failed)
     if as_json:
-        print_json({name: value for name, value in report.to_json().items() if name != "warnings"})
+        print_json(report.to_json())
 
 
 def _summary(report: "Report") -> str:
@@ -103,14 +128,23 @@ def _summary(report: "Report") -> str:
             ("updated", report.updated),
             ("removed", report.removed),
             ("failed", len(report.failed)),
+            ("given views", report.completed),
         )
         if n or name == "added"
     ]
     return f"{', '.join(parts)} in {report.seconds:.1f} s"
 
 
-def _nothing_found(roots: list[str]) -> str:
-    from e5v_search.media import SUFFIXES
+def _noun(kinds: set[str]) -> str:
+    if kinds == {"image"}:
+        return "photo"
+    return "item" if "image" in kinds else "text"
 
-    suffixes = " ".join(sorted(suffix.lstrip(".") for suffix in SUFFIXES))
-    return f"no pictures found in {', '.join(roots)}; names must end in one of: {suffixes}"
+
+def _nothing_found(sources: list[tuple[str, str]]) -> str:
+    from e5v_search import corpora, media
+
+    suffixes = {suffix for _, kind in sources for suffix in (media.SUFFIXES if kind == "image" else corpora.SUFFIXES)}
+    endings = " ".join(sorted(suffix.lstrip(".") for suffix in suffixes))
+    what = "pictures" if all(kind == "image" for _, kind in sources) else "texts"
+    return f"no {what} found in {', '.join(path for path, _ in sources)}; names must end in one of: {endings}"

@@ -23,6 +23,8 @@ def status(collection: str, as_json: bool) -> None:
         state = source.status()
         failures = source.catalog.failures()
         roots = source.catalog.roots()
+        views = source.catalog.views
+        lacking = {view: len(source.catalog.pending(view)) for view in views}
     if as_json:
         print_json(state)
         return
@@ -34,9 +36,10 @@ def status(collection: str, as_json: bool) -> None:
         ("model", state["fingerprint"] or "none yet"),
         ("items", ", ".join(count(items[kind], noun) for kind, noun in nouns if items[kind] or kind == "image")),
         ("index", f"{index['kind']}, {count(index['vectors'], 'vector')}{stale}"),
+        *([("views", ", ".join(_view(view, lacking[view]) for view in views))] if len(views) > 1 else []),
         ("on disk", size(state["bytes"])),
-        *(("from" if n == 0 else "", path) for n, (path, _) in enumerate(roots)),
-        *([("failed", count(state["failed"], "file"))] if failures else []),
+        *(("from" if n == 0 else "", path if kind == "image" else f"{path} ({kind})") for n, (path, kind) in enumerate(roots)),
+        *([("failed", count(state["failed"], "input"))] if failures else []),
     ]
     for name, value in lines:
         click.echo(f"{click.style(f'{name:<10}', dim=True)}  {printable(value)}")
@@ -44,6 +47,10 @@ def status(collection: str, as_json: bool) -> None:
         click.echo(f"            {printable(failure.where)}: {printable(failure.reason)}")
     if len(failures) > _SHOWN_FAILURES:
         click.echo(f"            … and {len(failures) - _SHOWN_FAILURES:,} more")
+
+
+def _view(view: str, lacking: int) -> str:
+    return f"{view} (the next index run gives it to {count(lacking, 'item')})" if lacking else view
 
 
 @click.command(epilog=examples("e5v-search verify", "e5v-search verify -c holidays --json"))
@@ -70,7 +77,7 @@ def verify(ctx: click.Context, collection: str, as_json: bool) -> None:
 @json_option
 @debug_option
 def rebuild(collection: str, as_json: bool) -> None:
-    """Make the index anew from the catalog. No photo is read."""
+    """Make the index anew from the catalog. Nothing is read or embedded."""
     from e5v_search.collection import Collection
 
     start = time.monotonic()
@@ -89,7 +96,7 @@ def rebuild(collection: str, as_json: bool) -> None:
 @json_option
 @debug_option
 def forget(paths: tuple[Path, ...], collection: str, as_json: bool) -> None:
-    """Take photos and folders out of a collection. The files stay where they are."""
+    """Take photos, files of texts and folders out of a collection. The files stay where they are."""
     from e5v_search.collection import Collection
 
     with Collection.open(collection, create=False) as target:

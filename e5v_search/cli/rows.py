@@ -1,12 +1,13 @@
 """What `embed` is given, row by row, and the matrix that comes of it."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e5v_search.errors import E5VError, MediaError, OutOfMemory, TextTooLong
+from e5v_search.corpora import lines
+from e5v_search.errors import E5VError, MediaError, UnreadableFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,17 +47,9 @@ class Job:
 def _lines(path: Path) -> list[tuple[str, str | None]]:
     """The lines of a UTF-8 file, each with what is wrong with it."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise E5VError(f"{path}: {error.strerror or error}") from error
-    lines: list[tuple[str, str | None]] = []
-    for line in data.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n") if data else []:
-        try:
-            text = line.decode("utf-8").removesuffix("\r")
-            lines.append((text, None if text.strip() else "an empty line"))
-        except UnicodeDecodeError as error:
-            lines.append(("", f"not UTF-8 (byte {error.start + 1} of the line)"))
-    return lines
+        return [(line.text, line.problem or (None if line.text.strip() else "an empty line")) for line in lines(path)]
+    except UnreadableFile as error:
+        raise E5VError(f"{path}: {error}") from error
 
 
 def text_job(path: Path) -> Job:
@@ -101,6 +94,7 @@ def embed_rows(job: Job, embedder: "Embedder", prompts: str, on_progress: Callab
     """-> (rows, dim) float32. A row whose input fails stays zero and is put into `job.failed`."""
     import numpy as np
 
+    from e5v_search.embedder import embed_each
     from e5v_search.parallel import ahead, windows
 
     prepare, embed = _stages(job.kind, embedder, prompts)
@@ -117,8 +111,11 @@ def embed_rows(job: Job, embedder: "Embedder", prompts: str, on_progress: Callab
     window = _WINDOW[job.kind]
     for block in windows(enumerate(ahead(prepared, job.rows, depth=window)), window):
         good = [(n, value) for n, value in block if job.rows[n].problem is None]
-        for n, vector in _one_by_one_if_need_be(good, embed, job.rows):
-            x[n] = vector
+        for (n, _), vector in zip(good, embed_each([value for _, value in good], embed), strict=True):
+            if isinstance(vector, E5VError):
+                job.rows[n].problem = str(vector)
+            else:
+                x[n] = vector
         job.failed += [Failed(n, job.rows[n].input, problem) for n, _ in block if (problem := job.rows[n].problem)]
         on_progress(block[-1][0] + 1)
     return x
@@ -133,19 +130,3 @@ def _stages(kind: str, embedder: "Embedder", prompts: str) -> tuple[Callable[[Ro
     if kind == "image":
         return lambda row: embedder.prepare(decode(row.image)[0]), lambda ready: embedder.embed_prepared(ready, prompts)
     return lambda row: (decode(row.image)[0], row.text), lambda pairs: embedder.embed_composed(pairs, prompts)
-
-
-def _one_by_one_if_need_be(
-    good: list[tuple[int, Any]], embed: Callable[[list[Any]], "np.ndarray"], rows: list[Row]
-) -> Iterator[tuple[int, "np.ndarray"]]:
-    """Vectors of a block. One input that is too much for the model must not take the others with it."""
-    if not good:
-        return
-    try:
-        yield from zip((n for n, _ in good), embed([value for _, value in good]), strict=True)
-    except (TextTooLong, OutOfMemory) as error:
-        if len(good) == 1:
-            rows[good[0][0]].problem = str(error)
-        else:
-            for each in good:
-                yield from _one_by_one_if_need_be([each], embed, rows)

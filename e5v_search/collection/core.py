@@ -13,11 +13,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from e5v_search import backbones, filters, media
-from e5v_search.catalog import VIEW, Catalog, Put
+from e5v_search.catalog import CATALOG, VIEW, Catalog, Put
 from e5v_search.collection import narrow
 from e5v_search.collection.indexes import Indexes
 from e5v_search.collection.ingest import Ingest
 from e5v_search.collection.report import Hit, Hits, Report, Stopwatch
+from e5v_search.collection.sources import canonical, check_sources, ingest_all
 from e5v_search.collection.space import COMPOSED, Space, combine
 from e5v_search.config import collection_path
 from e5v_search.embedder import Embedder, Picture
@@ -29,7 +30,6 @@ from e5v_search.errors import (
     DiskFull,
     FingerprintMismatch,
     QueryError,
-    UnreadableFile,
 )
 from e5v_search.index import Index
 from e5v_search.query import Query, TermLike, terms
@@ -50,12 +50,28 @@ class ModelChoice:
     dtype: str = "auto"
     quantize: str | None = None
 
+    def check(self) -> None:
+        """Raises UnknownModel, or another ModelError, if no such model is to be had."""
+        if self.name != "auto":
+            from e5v_search.backbones import registry  # which knows torch
+
+            registry.resolve(self.name)
+
     def load(self) -> Embedder:
         return backbones.Embedder.load(self.name, device=self.device, dtype=self.dtype, quantize=self.quantize)
 
 
+def check_first_run(
+    place: str | os.PathLike[str], sources: Sequence[tuple[str, str]], views: Iterable[str], choice: ModelChoice
+) -> None:
+    """Refuse what `ingest_sources` would refuse, before an empty collection is made of it. Does nothing where there is one."""
+    if not (collection_path(place) / CATALOG).exists():
+        check_sources(sources, views, lambda path: False)
+        choice.check()
+
+
 class Collection:
-    """Photos that can be searched by meaning: a folder with a catalog (the truth) and an index (derived from it)."""
+    """Photos and texts that can be searched by meaning: a folder with a catalog (the truth) and an index (derived from it)."""
 
     def __init__(self, catalog: Catalog, embedder: Embedder | ModelChoice, allow_mismatch: bool) -> None:
         self.path = catalog.path.parent
@@ -86,7 +102,7 @@ class Collection:
         Raises CollectionNotFound with `create=False`, FingerprintMismatch, CatalogDamaged, SchemaTooNew.
         """
         folder = collection_path(place)
-        if (folder / "catalog.sqlite").exists():
+        if (folder / CATALOG).exists():
             try:
                 catalog = Catalog.open(folder)
             except (CollectionReadOnly, DiskFull):
@@ -177,27 +193,46 @@ class Collection:
 
     def ingest(
         self,
-        paths: Sequence[str | os.PathLike[str]],
+        paths: Sequence[str | os.PathLike[str]] | None = None,
+        kind: str = "image",
+        views: Iterable[str] | None = None,
         on_progress: Callable[[Report, int], None] | None = None,
         unfinished: Callable[[str], bool] | None = None,
     ) -> Report:
-        """Bring the photos under `paths` (files and folders) into the collection: new, changed, moved and vanished ones.
+        """Bring what is under `paths` (files and folders) into the collection: new, changed, moved and vanished ones.
 
-        `on_progress(report, files in all)` is called as it goes. An unusable file is listed in `report.failed` and ends
-        nothing; one of which `unfinished(path)` says that it may still be being written is left as it is. Raises
-        UnreadableFile for a path that neither exists nor ever held photos of this collection, DiskFull, CollectionBusy.
+        `kind` says what it is: photos ("image"), or files of texts, taken as they are ("text") or drawn ("rendered").
+        Without `paths` everything that was indexed before is looked through again, each path as what it was indexed as.
+        `views` are prompt sets under which, from now on, every item is to have a vector too.
+
+        `on_progress(report, photos and texts in all)` is called as it goes. What cannot be used is listed in
+        `report.failed` and ends nothing; a file of which `unfinished(path)` says that it may still be being written is left
+        as it is. Raises UsageError, UnreadableFile for a path that neither exists nor ever held items of this collection,
+        DiskFull, CollectionBusy.
         """
-        roots = _canonical(paths)
-        for root in roots:
-            if not os.path.lexists(root) and next(self.catalog.paths_under([root]), None) is None:
-                raise UnreadableFile(f"no such file or folder: {root}")
+        sources = self.catalog.roots() if paths is None else [(path, kind) for path in canonical(paths)]
+        return self.ingest_sources(sources, views, on_progress, unfinished)
+
+    def ingest_sources(
+        self,
+        sources: Sequence[tuple[str, str]],
+        views: Iterable[str] | None = None,
+        on_progress: Callable[[Report, int], None] | None = None,
+        unfinished: Callable[[str], bool] | None = None,
+    ) -> Report:
+        """As `ingest`, of several kinds at once: (path, kind), the paths absolute and without links."""
+        views = list(views or ())
+        check_sources(sources, views, lambda path: next(self.catalog.paths_under([path]), None) is not None)
         self._refuse_another_model()
         with self._writing():
-            self.catalog.add_roots((root, "image") for root in roots)
+            self.catalog.add_roots(sources)
+            if views:
+                self.catalog.add_views(views)
             run = self.catalog.start_run()
             ingest = self._ingest(on_progress, unfinished)
             try:
-                ingest.run(roots)
+                with ingest:
+                    ingest_all(ingest, sources)
             finally:
                 with suppress(CollectionError):  # what failed first, a full disk say, is the error to report
                     self.catalog.finish_run(run, ingest.report.to_json())
@@ -205,22 +240,23 @@ class Collection:
         return ingest.report
 
     def ingest_changes(
-        self, roots: Sequence[str], below: Sequence[str], unfinished: Callable[[str], bool] | None = None
+        self, sources: Sequence[tuple[str, str]], below: Sequence[str], unfinished: Callable[[str], bool] | None = None
     ) -> Report:
-        """As `ingest`, of roots that were ingested before, but look only at what is, or lies below, the paths `below`.
+        """As `ingest_sources`, of what was ingested before, but look only at what is, or lies below, the paths `below`.
 
-        All paths are absolute and without links. The index file may stay behind the catalog, which searches make up for,
+        These are absolute and without links, too. The index files may stay behind the catalog, which searches make up for,
         until `save_index`.
         """
-        with self._writing():
-            return self._ingest(None, unfinished).run(roots, below)
+        with self._writing(), self._ingest(None, unfinished) as ingest:
+            ingest_all(ingest, sources, below)
+        return ingest.report
 
     def _ingest(self, on_progress: Callable[[Report, int], None] | None, unfinished: Callable[[str], bool] | None) -> Ingest:
         behind = 0
 
-        def committed(puts: int) -> None:
+        def committed(vectors: int) -> None:
             nonlocal behind
-            behind += puts
+            behind += vectors
             if behind >= _SYNC_AFTER or self.indexes.missing:
                 self.indexes.sync()
                 behind = 0
@@ -228,7 +264,7 @@ class Collection:
         return Ingest(self.catalog, self.embedder, committed, on_progress, unfinished)
 
     def save_index(self) -> None:
-        """Bring the index file to the catalog's state. Raises CollectionBusy, DiskFull, CollectionReadOnly."""
+        """Bring the index files to the catalog's state. Raises CollectionBusy, DiskFull, CollectionReadOnly."""
         with self._writing():
             self.indexes.sync()
 
@@ -257,7 +293,7 @@ class Collection:
 
     def forget(self, paths: Sequence[str | os.PathLike[str]]) -> int:
         """Take the items of these files and folders out of the collection; the files stay. Returns how many items."""
-        roots = _canonical(paths)
+        roots = canonical(paths)
         with self._writing():
             ids = [row.item_id for row in self.catalog.paths_under(roots)]
             self.catalog.commit(gone=ids)
@@ -393,7 +429,3 @@ class Collection:
     def verify(self) -> list[str]:
         """Every inconsistency found in catalog and index, one line each; an empty list means none."""
         return [*self.catalog.verify(), *self.indexes.problems()]
-
-
-def _canonical(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    return list(dict.fromkeys(os.path.realpath(os.path.expanduser(os.fspath(path))) for path in paths))

@@ -1,50 +1,64 @@
 """Ingestion: what is on disk becomes what the catalog says, with no more work than the difference asks for.
 
-    scan ──> known? ──> hash (threads) ──> same content? ──> decode + prepare (threads) ──> model ──> commit
+    find ──> known? ──> same content? ──> prepare (threads) ──> model ──> commit
 
-The catalog is asked and written in the caller's thread alone. A commit every few seconds makes items and vectors
+Photos and files of texts differ in how they are found and compared (`photos`, `texts`); from there on they share this
+module. The catalog is asked and written in the caller's thread alone. A commit every few seconds makes items and vectors
 visible together; a kill at any moment loses at most what came after the last one.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from e5v_search import media
-from e5v_search.catalog import VIEW, Catalog, Failed, FileRow, Put
+from e5v_search.catalog import Catalog, Corpus, Failed, FileRow, Put
+from e5v_search.collection import views
 from e5v_search.collection.report import Failure, Report
-from e5v_search.embedder import Embedder
-from e5v_search.errors import MediaError
-from e5v_search.media import Facts, Found, Scan
-from e5v_search.parallel import ahead, windows
+from e5v_search.embedder import Embedder, embed_each
+from e5v_search.errors import E5VError
+from e5v_search.media import Scan
 
 COMMIT_SECONDS = 2.0
 _BATCH_SECONDS = 1.0  # a model call takes about this long, so that even an 8B model on a laptop commits often
 _MAX_BATCH = 256
-_LOOKUP = 512
+
+T = TypeVar("T")
+
+_NOT_FINITE = "the model gives no finite vector for it; try --dtype float32"
 
 
 @dataclass
-class _Job:
-    """A file that is new or changed, on its way through the stages."""
+class Job:
+    """Something new or changed on its way: all that is to be written of it but its vectors."""
 
-    found: Found
-    row: FileRow | None  # what the catalog knew
-    content_hash: str = ""
-    facts: Facts | None = None
+    put: Put
+    place: str = ""  # within a file of texts, for those who have to mend it
     prepared: Any = None
     problem: str | None = None
+    settled: Callable[[bool], None] | None = None  # told once whether it has worked
+
+
+@dataclass
+class _Pending:
+    """What the next commit writes."""
+
+    puts: list[Put] = field(default_factory=list)
+    touched: list[FileRow] = field(default_factory=list)
+    moved: list[FileRow] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    recovered: list[tuple[str, str]] = field(default_factory=list)
+    completed: list[tuple[int, str, np.ndarray]] = field(default_factory=list)
+    read: list[Corpus] = field(default_factory=list)
 
 
 class Ingest:
-    """One run over `roots`, or over what lies `below` some paths under them.
+    """One run. `embedder` is called only when something must be embedded; leaving the context keeps what is done.
 
-    `embedder` is called only when something must be embedded. Of a file that cannot be used `unfinished(path)` may say
-    that it is still being written: then it is left as it is, and not even listed.
+    Of a file that cannot be used `unfinished(path)` may say that it is still being written: then it is left as it is, and
+    not even listed.
     """
 
     def __init__(
@@ -56,210 +70,168 @@ class Ingest:
         unfinished: Callable[[str], bool] | None = None,
     ) -> None:
         self.catalog = catalog
+        self.embedder = embedder
         self.report = Report()
-        self._embedder = embedder
+        self.total = 0  # files and texts in all, for `on_progress`
+        self.counts_ahead = on_progress is not None
         self._on_progress = on_progress
         self._on_commit = on_commit
         self._unfinished = unfinished
-        self._total = 0
-        self._puts: list[Put] = []
-        self._touched: list[FileRow] = []
-        self._recovered: list[str] = []
-        self._failed: list[Failure] = []
-        self._failing: set[str] = set()
-        self._twins: dict[str, list[_Job]] = {}  # jobs whose content is being embedded for another path
-        self._last_commit = time.monotonic()
+        self._views = catalog.views
+        self._pending = _Pending()
+        self._failing = {(failed.path, failed.kind) for failed in catalog.failures()}
+        self.failed: set[tuple[str, str]] = set()  # in this run
+        self._twins: dict[tuple[str, str], list[Job]] = {}  # (kind, content): jobs that wait for the vectors of another
+        self._start = self._last_commit = time.monotonic()
         self._batch = 1  # grows with the measured rate
 
-    def run(self, roots: Sequence[str], below: Sequence[str] | None = None) -> Report:
-        start = time.monotonic()
-        self._failing = {f.path for f in self.catalog.failures() if f.kind == "image"}
-        if self._on_progress is not None:
-            self._total = sum(
-                1 for _ in Scan(roots, below)
-            )  # a second look at the folders is cheap beside "time left: unknown"
-        scan = Scan(roots, below)
-        seen: list[str] = []
-        try:
-            with (
-                closing(ahead(self._hash, self._news(scan, seen))) as hashed,
-                closing(ahead(self._decode, self._unknown_content(hashed))) as decoded,
-            ):
-                self._embed(decoded)
-            for problem in scan.problems:
-                self._fail(problem.path, problem.reason)
-            self._commit()
-            self._forget_vanished(scan, seen)
-        finally:
-            # Ctrl-C or an error: what is embedded is kept
-            self._commit()
-            self.report.warnings += scan.warnings
-            self.report.seconds = time.monotonic() - start
-        return self.report
+    def __enter__(self) -> Self:
+        return self
 
-    # the stages, in the order in which a file meets them
+    def __exit__(self, *_: object) -> None:
+        # Ctrl-C or an error: what is embedded is kept
+        self.commit()
+        self.report.seconds = time.monotonic() - self._start
 
-    def _news(self, scan: Iterable[Found], seen: list[str]) -> Iterator[_Job]:
-        """Files whose path, size or time the catalog does not know."""
-        for chunk in windows(scan, _LOOKUP):
-            known = self.catalog.known([found.path for found in chunk])
-            for found in chunk:
-                seen.append(found.path)
-                row = known.get(found.path)
-                if row is not None and (row.size, row.mtime_ns) == (found.size, found.mtime_ns):
-                    self.report.unchanged += 1
-                    if row.on_mount != found.on_mount:
-                        self._touch(row, found)
-                    self._clear_failure(found.path)
-                else:
-                    yield _Job(found, row)
-            self._progress()
+    # what the stages of photos and texts have in common
 
-    def _hash(self, job: _Job) -> _Job:
-        try:
-            job.content_hash = media.content_hash(job.found.path)
-        except MediaError as error:
-            job.problem = str(error)
-        return job
-
-    def _unknown_content(self, jobs: Iterable[_Job]) -> Iterator[_Job]:
-        """Passes on what must be embedded; a touched, moved or copied file ends here."""
+    def unknown_content(self, jobs: Sequence[Job]) -> list[Job]:
+        """What of it must be embedded; a copy of something that is known, or on its way, ends here."""
+        known = self.catalog.same_content(list({job.put.content_hash for job in jobs}), jobs[0].put.kind) if jobs else {}
+        fresh = []
         for job in jobs:
-            if job.problem is not None:
-                self._fail(job.found.path, job.problem)
-            elif job.row is not None and job.row.content_hash == job.content_hash:
-                self._touch(job.row, job.found)
-                self.report.unchanged += 1
-                self._clear_failure(job.found.path)
-            elif job.content_hash in self._twins:
-                self._twins[job.content_hash].append(job)
-            elif twin := self.catalog.same_content([job.content_hash], "image").get(job.content_hash):
-                self._put(job, copy_from=twin)
+            key = job.put.kind, job.put.content_hash
+            if key in self._twins:
+                self._twins[key].append(job)
+            elif job.put.content_hash in known:
+                self.put(job, copy_from=known[job.put.content_hash])
             else:
-                self._twins[job.content_hash] = []
-                yield job
-            self._commit_if_due()
+                self._twins[key] = []
+                fresh.append(job)
+        return fresh
 
-    def _decode(self, job: _Job) -> _Job:
-        try:
-            image, job.facts = media.decode(job.found.path)
-        except MediaError as error:
-            job.problem = str(error)
-        else:
-            job.prepared = self._embedder().prepare(image)
-        return job
+    def embed(self, jobs: Iterator[Job]) -> None:
+        for batch in self.batches(self._usable(jobs)):
+            self._embed_batch(batch)
 
-    def _embed(self, jobs: Iterator[_Job]) -> None:
-        ready: list[_Job] = []
+    def _usable(self, jobs: Iterator[Job]) -> Iterator[Job]:
         for job in jobs:
             if job.problem is None:
-                ready.append(job)
+                yield job
             else:
                 self._fail_all(job, job.problem)
+
+    def batches(self, inputs: Iterator[T]) -> Iterator[list[T]]:
+        """As many at a time as the model embeds in about a second."""
+        ready: list[T] = []
+        for one in inputs:
+            ready.append(one)
             if len(ready) >= self._batch:
-                self._embed_batch(ready)
+                yield ready
                 ready = []
         if ready:
-            self._embed_batch(ready)
+            yield ready
 
-    def _embed_batch(self, jobs: list[_Job]) -> None:
-        embedder = self._embedder()
+    def _embed_batch(self, jobs: list[Job]) -> None:
+        for job, vectors in zip(jobs, self.vectors(jobs[0].put.kind, [job.prepared for job in jobs], self._views), strict=True):
+            job.prepared = None
+            if isinstance(vectors, str):
+                self._fail_all(job, vectors)
+            else:
+                self.put(job, vectors=vectors)
+        self.commit_if_due()
+        self.progress()
+
+    def vectors(self, kind: str, inputs: Sequence[Any], of: Sequence[str]) -> list[views.Vectors | str]:
+        """For each input its vectors in the views `of`, or why there are none."""
+        embedder = self.embedder()
         if self.catalog.fingerprint is None:
             self.catalog.bind(embedder.fingerprint, embedder.dim, {"name": embedder.name, "quantize": embedder.quantize})
             self._on_commit(0)  # the index is there before the first vector: missing later, it was lost
         start = time.monotonic()
-        vectors = embedder.embed_prepared([job.prepared for job in jobs])
-        rate = len(jobs) / max(time.monotonic() - start, 1e-6)
+        found = embed_each(inputs, lambda some: views.embed(embedder, kind, some, of))
+        rate = len(inputs) / max(time.monotonic() - start, 1e-6)
         self._batch = min(max(int(rate * _BATCH_SECONDS), 1), 2 * self._batch, _MAX_BATCH)
-        for job, vector in zip(jobs, vectors, strict=True):
-            job.prepared = None
-            if np.isfinite(vector).all():
-                self._put(job, vector=vector)
-            else:
-                self._fail_all(job, "the model gives no finite vector for it; try --dtype float32")
-        self._commit_if_due()
-        self._progress()
+        return [
+            str(one) if isinstance(one, E5VError) else one if all(np.isfinite(x).all() for x in one.values()) else _NOT_FINITE
+            for one in found
+        ]
 
     # what is to be committed
 
-    def _put(self, job: _Job, vector: Any = None, copy_from: int | None = None) -> None:
-        found, facts = job.found, job.facts
-        self._puts.append(
-            Put(
-                kind="image",
-                path=found.path,
-                size=found.size,
-                mtime_ns=found.mtime_ns,
-                on_mount=found.on_mount,
-                content_hash=job.content_hash,
-                item_id=job.row.item_id if job.row else None,
-                vectors={} if vector is None else {VIEW: vector},
-                copy_from=copy_from,
-                **({} if facts is None else facts.to_dict()),
-            )
-        )
-        if job.row is None:
+    def put(self, job: Job, vectors: views.Vectors | None = None, copy_from: int | None = None) -> None:
+        job.put.vectors, job.put.copy_from = vectors or {}, copy_from
+        self._pending.puts.append(job.put)
+        if job.put.item_id is None:
             self.report.added += 1
         else:
             self.report.updated += 1
-        self._clear_failure(found.path)
+        if not job.put.part and job.put.path is not None:
+            self.recover(job.put.path, job.put.kind)
+        if job.settled is not None:
+            job.settled(True)
 
-    def _touch(self, row: FileRow, found: Found) -> None:
-        self._touched.append(FileRow(row.path, row.item_id, found.size, found.mtime_ns, found.on_mount, row.content_hash))
+    def touch(self, row: FileRow) -> None:
+        """A photo whose content is what it was, with its new size, time and mount."""
+        self._pending.touched.append(row)
 
-    def _fail_all(self, job: _Job, reason: str) -> None:
-        """A job and those that waited for its vector."""
-        for each in (job, *self._twins.pop(job.content_hash)):
-            self._fail(each.found.path, reason)
+    def move(self, row: FileRow) -> None:
+        """A text that stands in another place of its file, its new part."""
+        self._pending.moved.append(row)
 
-    def _fail(self, path: str, reason: str) -> None:
+    def complete(self, item_id: int, view: str, vector: np.ndarray) -> None:
+        self._pending.completed.append((item_id, view, vector))
+
+    def close(self, corpus: Corpus) -> None:
+        """A file of texts that has been read whole; all that came of it has been put already."""
+        self._pending.read.append(corpus)
+
+    def fail(self, path: str, kind: str, reason: str, place: str = "") -> None:
         if self._unfinished is not None and self._unfinished(path):
             return
-        failure = Failure(path, reason)
-        self.report.failed.append(failure)
-        self._failed.append(failure)
-        self._progress()
+        failed = Failed(path, kind, reason, place)
+        self.report.failed.append(Failure(failed.where, reason))
+        self._pending.failed.append(failed)
+        self.failed.add((path, kind))
+        self.progress()
 
-    def _clear_failure(self, path: str) -> None:
-        if path in self._failing:
-            self._recovered.append(path)
+    def _fail_all(self, job: Job, reason: str) -> None:
+        """A job and those that waited for its vectors."""
+        for each in (job, *self._twins.pop((job.put.kind, job.put.content_hash))):
+            assert each.put.path is not None
+            self.fail(each.put.path, each.put.kind, reason, each.place)
+            if each.settled is not None:
+                each.settled(False)
 
-    def _commit_if_due(self) -> None:
+    def recover(self, path: str, kind: str) -> None:
+        """What was said of the file before is not true any more."""
+        if (path, kind) in self._failing:
+            self._pending.recovered.append((path, kind))
+
+    def forget_failures(self, kind: str, scan: Scan, seen: Iterable[str]) -> None:
+        """Those of files that are not there any more."""
+        still = self.failed.union((path, kind) for path in seen)
+        of_kind = [path for path, its_kind in self._failing - still if its_kind == kind]
+        cleared = [(path, kind) for path in of_kind if scan.covers(path) and scan.keep_reason(path, False) is None]
+        self._pending.recovered += cleared
+
+    def commit_if_due(self) -> None:
         if time.monotonic() - self._last_commit >= COMMIT_SECONDS:
-            self._commit()
+            self.commit()
 
-    def _commit(self) -> None:
-        # taken out first: after a failed commit (a full disk) they must not be tried again on the way out
-        puts, touched, failed, recovered = self._puts, self._touched, self._failed, self._recovered
-        self._puts, self._touched, self._failed, self._recovered = [], [], [], []
-        if puts or touched or failed or recovered:
-            ids = self.catalog.commit(
-                puts=puts,
-                touched=touched,
-                failed=[Failed(f.path, "image", f.reason) for f in failed],
-                recovered=[(path, "image") for path in recovered],
-            )
-            self._on_commit(len(puts))
-            for put, item_id in zip(puts, ids, strict=True):
-                for twin in self._twins.pop(put.content_hash, ()):
-                    self._put(twin, copy_from=item_id)
+    def commit(self) -> None:
+        # taken out first: after a failed commit (a full disk) it must not be tried again on the way out
+        pending, self._pending = self._pending, _Pending()
+        if any(vars(pending).values()):
+            ids = self.catalog.commit(**vars(pending))
+            self._on_commit(len(pending.puts) + len(pending.completed))
+            for put, item_id in zip(pending.puts, ids, strict=True):
+                for twin in self._twins.pop((put.kind, put.content_hash), ()):
+                    self.put(twin, copy_from=item_id)
         self._last_commit = time.monotonic()
-        if self._puts:
-            self._commit()
+        if any(vars(self._pending).values()):
+            self.commit()
 
-    def _forget_vanished(self, scan: Scan, seen: list[str]) -> None:
-        gone = []
-        for row in self.catalog.unseen(scan.tops, seen):
-            if scan.keep_reason(row.path, row.on_mount) is None:
-                gone.append(row.item_id)
-        for ids in windows(gone, 4096):
-            self.catalog.commit(gone=ids)
-        self.report.removed = len(gone)
-        still = {failure.path for failure in self.report.failed}.union(seen)
-        cleared = [path for path in self._failing - still if scan.covers(path) and scan.keep_reason(path, False) is None]
-        if cleared:
-            self.catalog.commit(recovered=[(path, "image") for path in cleared])
-
-    def _progress(self) -> None:
+    def progress(self) -> None:
         if self._on_progress is not None:
-            self._on_progress(self.report, self._total)
+            self._on_progress(self.report, self.total)

@@ -17,7 +17,7 @@ class Failure:
 
 @dataclass
 class Report:
-    """One run of `ingest`: what happened to how many files."""
+    """One run of `ingest`: what happened to how many photos and texts."""
 
     added: int = 0
     unchanged: int = 0
@@ -25,15 +25,17 @@ class Report:
     removed: int = 0
     failed: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
+    completed: int = 0  # items that were there and got a view that they lacked
     warnings: list[str] = field(default_factory=list)
 
     @property
     def done(self) -> int:
-        """Files dealt with so far, in any way."""
-        return self.added + self.unchanged + self.updated + len(self.failed)
+        """Photos and texts dealt with so far, in any way."""
+        return self.added + self.unchanged + self.updated + len(self.failed) + self.completed
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields that programs rely on; `completed` and `warnings` are for people."""
+        return {name: value for name, value in asdict(self).items() if name not in ("completed", "warnings")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from e5v_search import corpora
 from e5v_search.collection.core import Collection
 from e5v_search.collection.report import Report
 from e5v_search.errors import CollectionBusy, CollectionError, DiskFull
@@ -37,15 +38,21 @@ class _Waiting:
 
 
 class Follower:
-    """Brings the photos under `roots` into `collection`, and then whatever happens to them, until it is stopped.
+    """Brings `sources` (path, kind) into `collection`, and then whatever happens to them, until it is stopped.
 
-    `note` is given a line when something is waited for, cannot be watched, or goes on again.
+    `views` are as for Collection.ingest. `note` is given a line when something is waited for, cannot be watched, or goes on
+    again.
     """
 
-    def __init__(self, collection: Collection, roots: Sequence[str], note: Callable[[str], None]) -> None:
+    def __init__(
+        self, collection: Collection, sources: Sequence[tuple[str, str]], note: Callable[[str], None], views: Sequence[str] = ()
+    ) -> None:
         self.collection = collection
-        self.roots = list(dict.fromkeys(os.path.realpath(os.path.expanduser(root)) for root in roots))
+        self.sources = [(os.path.realpath(os.path.expanduser(path)), kind) for path, kind in sources]
+        self.roots = list(dict.fromkeys(path for path, _ in self.sources))
+        self._suffixes = {suffix for _, kind in self.sources for suffix in (SUFFIXES if kind == "image" else corpora.SUFFIXES)}
         self._note = note
+        self._views = views
         self._changed: dict[str, _Waiting] = {}
         self._unfinished: dict[str, _Waiting] = {}
         self._last_chance: set[str] = set()
@@ -124,7 +131,7 @@ class Follower:
 
     def _matters(self, path: str, current: Signature) -> bool:
         """Whether a look at `path` could change anything: most notices are of other files."""
-        if path in self.roots or os.path.splitext(path)[1].lower() in SUFFIXES:
+        if path in self.roots or os.path.splitext(path)[1].lower() in self._suffixes:
             return True
         if current is None:
             return next(self.collection.catalog.paths_under([path]), None) is not None
@@ -142,9 +149,9 @@ class Follower:
         self._looking_at = set(paths or ())
         try:
             if paths is None:
-                report = self.collection.ingest(self.roots, on_progress, self._may_become_usable)
+                report = self.collection.ingest_sources(self.sources, self._views, on_progress, self._may_become_usable)
             else:
-                report = self.collection.ingest_changes(self.roots, paths, self._may_become_usable)
+                report = self.collection.ingest_changes(self.sources, paths, self._may_become_usable)
         except (CollectionBusy, DiskFull) as error:
             for path in self._looking_at:
                 self._changed.setdefault(path, _Waiting(signature(path), start - SETTLE))

@@ -1,4 +1,4 @@
-"""Finding photos under folders, each once, and saying why a known one that was not found may still be there."""
+"""Finding photos (or other files) under folders, each once, and saying why one that was not found may still be there."""
 
 import errno
 import os
@@ -34,7 +34,8 @@ class Problem:
 class Scan:
     """The photos under `roots` (files and folders), in an order that depends on names alone.
 
-    - In folders a photo is what has one of SUFFIXES; a file that is itself a root is taken whatever its name is.
+    - In folders a photo is what has one of `suffixes` (in lower case, with the dot); a file that is itself a root is taken
+      whatever its name is.
     - Names with a leading dot are passed over, unless they are roots.
     - A folder is entered once, however many links or roots lead to it, and by its own name rather than by a link's.
     - A link to a file is taken when the scan does not come across the file itself; of several such links, the first.
@@ -46,7 +47,13 @@ class Scan:
     `tops` the paths whose content the scan has seen: what was known below them and was not found may be gone.
     """
 
-    def __init__(self, roots: Sequence[str | os.PathLike[str]], below: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        roots: Sequence[str | os.PathLike[str]],
+        below: Sequence[str] | None = None,
+        suffixes: Set[str] = SUFFIXES,
+    ) -> None:
+        self._suffixes = suffixes
         self.roots = list(dict.fromkeys(os.path.realpath(os.fsdecode(root)) for root in roots))
         self._root_set = set(self.roots)
         self._below = below
@@ -117,7 +124,7 @@ class Scan:
                 status = os.stat(top)
                 if stat.S_ISDIR(status.st_mode):
                     yield from self._walk(top, folders[root])
-                elif _has_photo_suffix(top) and top not in self._explicit:
+                elif self._is_wanted(top) and top not in self._explicit:
                     on_mount = os.stat(os.path.dirname(top)).st_dev != folders[root]
                     files += filter(None, [self._file(top, status, on_mount)])
             except (FileNotFoundError, NotADirectoryError):
@@ -175,9 +182,12 @@ class Scan:
             self._linked.append((entry.path, root_device))
         elif entry.is_dir(follow_symlinks=False):
             folders.append(entry.path)
-        elif _has_photo_suffix(entry.name):
+        elif self._is_wanted(entry.name):
             return self._file(entry.path, entry.stat(follow_symlinks=False), on_mount)
         return None
+
+    def _is_wanted(self, name: str) -> bool:
+        return os.path.splitext(name)[1].lower() in self._suffixes
 
     def _file(self, path: str, status: os.stat_result, on_mount: bool) -> Found | None:
         if stat.S_ISREG(status.st_mode):
@@ -196,12 +206,12 @@ class Scan:
                 except OSError as error:
                     if error.errno not in _LEADS_NOWHERE:
                         self._cannot_enter(path, error)
-                    elif _has_photo_suffix(path):
+                    elif self._is_wanted(path):
                         self.problems.append(Problem(path, "a link to a file that is not there"))
                     continue
                 if is_folder:
                     yield from self._walk(path, root_device)
-                elif _has_photo_suffix(path):
+                elif self._is_wanted(path):
                     to_files.append((path, root_device))
         for path, root_device in to_files:
             target = os.path.realpath(path)
@@ -222,7 +232,7 @@ class Scan:
         if target in self._explicit or target in self._link_targets:
             return True
         folder, name = os.path.split(target)
-        return not name.startswith(".") and _has_photo_suffix(name) and _identity(folder) in self._entered
+        return not name.startswith(".") and self._is_wanted(name) and _identity(folder) in self._entered
 
     def _cannot_enter(self, path: str, error: OSError) -> None:
         self._unreadable.add(path)
@@ -258,7 +268,7 @@ class Scan:
         reason, device = self._state(os.path.dirname(path))
         if reason is None and on_mount and any(_device(root) == device for root in roots):
             reason = "the disk it was on is not mounted"
-            self._warn(f"a disk under {shown(roots[-1])} is not mounted: its photos are not forgotten")
+            self._warn(f"a disk under {shown(roots[-1])} is not mounted: its files are not forgotten")
         return reason
 
     def _roots_of(self, path: str) -> list[str]:
@@ -312,10 +322,6 @@ def _escaped(char: str) -> str:
     if "\udc80" <= char <= "\udcff":  # a byte that is no UTF-8
         return f"\\x{ord(char) - 0xDC00:02x}"
     return char.encode("unicode_escape").decode("ascii")
-
-
-def _has_photo_suffix(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def roots_above(path: str, roots: Set[str]) -> list[str]:
