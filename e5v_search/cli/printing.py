@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # what could move the cursor, end the line, or turn the reading direction of what follows
 _ESCAPED = {"Cc", "Cs", "Zl", "Zp"}
+_SHOWN_TEXT = 100  # characters of a text in a table
 _TURNING = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -75,7 +76,7 @@ def size(n: float) -> str:
 
 
 def print_hits(hits: Sequence["Hit"], drawn: Sequence[bytes] = ()) -> None:
-    """A table. The path comes last and is never cut, so that it can be copied whole.
+    """A table. The path comes last and is never cut, so that it can be copied whole; behind it stands a text's beginning.
 
     `drawn`: for each hit what draws its thumbnail, which follows its line.
     """
@@ -85,7 +86,7 @@ def print_hits(hits: Sequence["Hit"], drawn: Sequence[bytes] = ()) -> None:
             f"{hit.score:.4f}",
             f"{hit.width}×{hit.height}" if hit.width and hit.height else "",
             (hit.taken_at or "")[:10],
-            shown_path(hit.path) if hit.path is not None else printable(hit.text or ""),
+            _named(hit),
         )
         for hit in hits
     ]
@@ -100,6 +101,15 @@ def print_hits(hits: Sequence["Hit"], drawn: Sequence[bytes] = ()) -> None:
             click.echo(click.style(indent + printable(", ".join(hit.words) or "(no word in common)"), dim=True))
         if picture:
             _write(picture)
+
+
+def _named(hit: "Hit") -> str:
+    text = " ".join((hit.text or "").split())
+    shown = printable(text if len(text) <= _SHOWN_TEXT else text[: _SHOWN_TEXT - 1] + "…")
+    if hit.path is None:
+        return shown
+    place = shown_path(hit.path) + (f":{printable(hit.part)}" if hit.part is not None else "")
+    return f"{place}  {shown}" if shown else place
 
 
 def print_csv(hits: Sequence["Hit"]) -> None:
