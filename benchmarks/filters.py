@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,10 @@ CAMERAS = [
     for n in range(1, 11)
 ]
 SHAPES = [(4000, 3000), (3000, 4000), (6000, 4000), (1920, 1080), (640, 480)]
+INDEXES = (
+    *("items_kind", "items_camera", "items_format", "items_place", "items_width", "items_height"),
+    *("items_pixels", "items_shape", "files_size", "files_folder"),
+)
 FILTERS = [
     # an indexed column
     "kind=rendered",
@@ -109,12 +114,14 @@ def put(n: int, r: random.Random, x: np.ndarray) -> Put:
     )
 
 
-def build(folder: Path, items: int) -> float:
+def build(folder: Path, items: int, indexed: bool = True) -> float:
     """Seconds that the commits took. Vectors are random: neighbours have nothing in common with facts."""
     rng, r = np.random.default_rng(0), random.Random(0)
     seconds = 0.0
     with Catalog.create(folder) as catalog:
         catalog.bind("random@1", DIM, {})
+        for name in () if indexed else INDEXES:
+            catalog._db.execute(f"DROP INDEX {name}")
         for start in range(0, items, COMMIT):
             x = rng.standard_normal((COMMIT, DIM)).astype(np.float32)
             x /= np.linalg.norm(x, axis=1, keepdims=True)
@@ -134,14 +141,18 @@ def milliseconds(run: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def indexes(catalog: Catalog) -> dict[str, float]:
+def sizes(catalog: Catalog) -> dict[str, float]:
     """MB of each index and table that only filters need."""
-    query = (
-        "SELECT name, sum(pgsize) / 1e6 FROM dbstat WHERE name IN ('items_kind', 'items_camera', 'items_format', 'items_place',"
-        " 'items_width', 'items_height', 'items_pixels', 'items_shape', 'files_size', 'files_folder', 'facts', 'facts_item')"
-        " GROUP BY name"
-    )
-    return {name: round(size, 1) for name, size in catalog._rows(query)}
+    names = ", ".join(f"'{name}'" for name in (*INDEXES, "facts", "facts_item"))
+    rows = catalog._rows(f"SELECT name, sum(pgsize) / 1e6 FROM dbstat WHERE name IN ({names}) GROUP BY name")
+    return {name: round(size, 1) for name, size in rows}
+
+
+def write_cost(items: int) -> dict[str, float]:
+    """Seconds to commit so many items without and with the indexes, one after the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        without, with_them = (build(Path(folder) / str(indexed), items, indexed) for indexed in (False, True))
+    return {"items": items, "without_s": round(without, 2), "with_s": round(with_them, 2)}
 
 
 def main() -> None:
@@ -150,7 +161,8 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    wrote = None if (args.folder / "index.faiss").exists() else build(args.folder, args.items)
+    if not (args.folder / "index.faiss").exists():
+        build(args.folder, args.items)
     index = Index.load(args.folder / "index.faiss")
     xq = np.random.default_rng(1).standard_normal((args.rounds, DIM)).astype(np.float32)
     xq /= np.linalg.norm(xq, axis=1, keepdims=True)
@@ -181,7 +193,7 @@ def main() -> None:
                 f" (first {row['first_ms']:7.1f})  {expression}",
                 flush=True,
             )
-        sizes = indexes(catalog)
+        filter_mb = sizes(catalog)
     result = {
         "command": f"python benchmarks/filters.py --items {args.items} --rounds {args.rounds}",
         "items": index.ntotal,
@@ -189,9 +201,9 @@ def main() -> None:
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "met": sum(row["met"] for row in rows),
         "of": len(rows),
-        "write_seconds": wrote,
+        "write": write_cost(100_000),
         "catalog_mb": round((args.folder / "catalog.sqlite").stat().st_size / 1e6),
-        "filter_mb": sizes,
+        "filter_mb": filter_mb,
         "rows": rows,
     }
     print(save("filters", result))

@@ -335,7 +335,9 @@ def test_whatever_was_put_is_found_by_its_own_value(tmp_path_factory: pytest.Tem
         name = wild.replace("/", "-")
         path = f"/r/{name}/x" if name not in (".", "..") else "/r/y/x"
         put_ = Put(kind="image", content_hash="h", path=path, camera=wild, text=wild, facts={"f": wild}, vectors=ONE)
-        (item_id, _) = c.commit([put_, Put(kind="image", content_hash="i", path="/o/x", camera="~", vectors=ONE)])
+        (item_id, _) = c.commit(
+            [put_, Put(kind="image", content_hash="i", path="/some other folder/x", camera="~", vectors=ONE)]
+        )
         for form in ("camera=", "text=", "facts.f=", "camera~", "text~", "facts.f~"):
             assert item_id in c.select(parse([f"{form}'{quoted}'"])), form
             assert item_id not in c.select(parse([f"not {form}'{quoted}'"])), form

@@ -6,7 +6,7 @@ are those that pass, or, with a `rest` to be tested on each, hold all that pass.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from string import ascii_lowercase, ascii_uppercase
@@ -49,6 +49,7 @@ _TABLES = {"i": ("i.id", "items i"), "f": ("f.item_id", "files f"), "x": ("x.ite
 _JOINED = "items i LEFT JOIN files f ON f.item_id = i.id"
 _COMPOUND = 100  # terms of one statement; SQLite takes 500
 _MANY = 20_000  # values of a column, too many to look at each
+_REMEMBERED = 100  # answers of a catalog that has not changed
 _VALUES = 500  # ids looked up by one statement
 _LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)  # what SQLite's lower() does
 _MAP = 1 << 30  # bytes
@@ -68,7 +69,7 @@ class Where:
 
     def __init__(self, db: Database, rows: Callable[[str, Sequence[Any]], list[Row]], state: Callable[[], int]) -> None:
         self._db, self._rows, self._state = db, rows, state
-        self._known: tuple[int, dict[str, list[Any]]] = (-1, {})
+        self._known: tuple[int, dict[Hashable, Any]] = (-1, {})
         self._prepared = False
 
     def select(self, where: Filter, plan: Plan | None = None) -> np.ndarray:
@@ -105,7 +106,7 @@ class Where:
     def plan(self, where: Filter) -> Plan:
         self._prepare()
         n = int(self._rows("SELECT coalesce(max(id), 0) FROM items", ())[0][0])
-        found = self._plan(where, max(1000, n // 20))
+        found = self._plan(where, max(1000, n // 40))
         return Plan(None, EVERYTHING, n) if found is None else found
 
     def _prepare(self) -> None:
@@ -131,9 +132,12 @@ class Where:
             plans = {part: plan for part in where.parts if (plan := self._plan(part, enough)) is not None}
             if not plans:
                 return None
-            efforts = {part: self._count(plan.terms or (), enough) for part, plan in plans.items()}
-            best = min(efforts, key=efforts.__getitem__)
-            if efforts[best] >= enough:
+            for limit in (enough // 4, enough):  # where one part is narrow, the others are not counted far
+                efforts = {part: self._count(plan.terms or (), limit) for part, plan in plans.items()}
+                best = min(efforts, key=efforts.__getitem__)
+                if efforts[best] < limit:
+                    break
+            else:
                 return None
             others = tuple(part for part in where.parts if part is not best)
             return Plan(plans[best].terms, _both(others, plans[best].rest), 10 * efforts[best])
@@ -166,15 +170,18 @@ class Where:
             lacking = self._absent(Has(leaf.name))
             terms = None if others is None or lacking is None else others + (lacking.terms or ())
         elif isinstance(leaf, Has) and leaf.name in _IN_FILES:
-            terms = (
-                () if self._learn("files", "SELECT (SELECT count(*) FROM items) = (SELECT count(*) FROM files)")[0] else None
-            )
+            query = "SELECT (SELECT count(*) FROM items) = (SELECT count(*) FROM files)"
+            terms = () if self._learn("files", lambda: self._rows(query, ())[0][0]) else None
         elif isinstance(leaf, Has) and leaf.name in _COLUMNS and leaf.name != "text":
             terms = (_term(f"{_COLUMNS[leaf.name]} IS NULL", ()),)
         return None if terms is None else Plan(terms, EVERYTHING, 0)
 
     def _with_values(self, leaf: Match, wanted: bool) -> tuple[Sql, ...] | None:
         """A term for each run of neighbouring values of a column that match, or do not."""
+        terms: tuple[Sql, ...] | None = self._learn((leaf, wanted), lambda: self._runs(leaf, wanted))
+        return terms
+
+    def _runs(self, leaf: Match, wanted: bool) -> tuple[Sql, ...] | None:
         column = _COLUMNS[leaf.name]
         table = _TABLES[_alias(column)][1]
         query = (
@@ -182,31 +189,30 @@ class Where:
             f" (SELECT min({column}) FROM {table} WHERE {column} > d.v) FROM d WHERE d.v IS NOT NULL)"
             f" SELECT v FROM d WHERE v IS NOT NULL LIMIT {_MANY + 1}"
         )
-        values = self._learn(leaf.name, query)
+        values = self._learn(leaf.name, lambda: [row[0] for row in self._rows(query, ())])
         if len(values) > _MANY:
             return None
-        found: list[Sql] = []
-        last = None
+        runs: list[tuple[str, str]] = []
+        was_in = False
         for value in values:
-            if _is_match(leaf, value) != wanted:
-                last = None
-                continue
-            first = value if last is None else last
-            if last is not None:
-                found.pop()
-            found.append(_term(f"{column} BETWEEN CAST(? AS TEXT) AND CAST(? AS TEXT)", (to_sql(first), to_sql(value))))
-            last = first
-        return tuple(found)
+            is_in = _is_match(leaf, value) == wanted
+            if is_in and was_in:
+                runs[-1] = (runs[-1][0], value)
+            elif is_in:
+                runs.append((value, value))
+            was_in = is_in
+        test = f"{column} BETWEEN CAST(? AS TEXT) AND CAST(? AS TEXT)"
+        return tuple(_term(test, (to_sql(first), to_sql(last))) for first, last in runs)
 
-    def _learn(self, name: str, query: str) -> list[Any]:
-        """The one column of a query, asked again only when the catalog has changed."""
+    def _learn(self, key: Hashable, ask: Callable[[], Any]) -> Any:
+        """What `ask` answers, asked again only when the catalog has changed."""
         state = self._state()
-        if self._known[0] != state:
+        if self._known[0] != state or len(self._known[1]) > _REMEMBERED:
             self._known = state, {}
         known = self._known[1]
-        if name not in known:
-            known[name] = [row[0] for row in self._rows(query, ())]
-        return known[name]
+        if key not in known:
+            known[key] = ask()
+        return known[key]
 
     def _count(self, terms: Sequence[Sql], enough: int) -> int:
         """How many ids there are, at most `enough`."""
@@ -312,7 +318,9 @@ def _match(leaf: Match, column: str) -> Sql:
         tests.append(f"{column} >= CAST(? AS TEXT) AND {column} < CAST(? AS TEXT)")
         values += [to_sql(leaf.start), to_sql(leaf.start) + b"\xff"]  # a byte that no text holds
     if leaf.needle:
-        tests.append(f"instr({f'lower({column})' if leaf.folded else column}, CAST(? AS TEXT)) > 0")
+        # what is in the folder is in the path, which is at hand
+        text = "f.path" if leaf.name == "folder" and not leaf.sufficient else column
+        tests.append(f"instr({f'lower({text})' if leaf.folded else text}, CAST(? AS TEXT)) > 0")
         values.append(to_sql(leaf.needle))
     if not leaf.sufficient:
         tests.append(f"matches(?, ?, CAST({column} AS BLOB))")

@@ -10,7 +10,7 @@ from e5v_search.index import Index
 
 _SAMPLE = 128
 _AMPLE = 3  # candidates for each that should pass: most searches then need no second scan
-_CHECK = 10  # ids selected by an index in the time in which one candidate is found and checked
+_CHECK = 6  # ids selected by an index in the time in which one candidate is checked
 
 
 def search(index: Index, catalog: Catalog, xq: np.ndarray, k: int, where: Filter = EVERYTHING) -> tuple[np.ndarray, np.ndarray]:
@@ -32,10 +32,14 @@ def search(index: Index, catalog: Catalog, xq: np.ndarray, k: int, where: Filter
             plan = catalog.plan(where)
     if plan is None or _CHECK * width < plan.effort:
         # candidates come in order: those that pass are the best that pass
-        D, I = index.search(xq[None], width)  # noqa: E741
-        passes = np.isin(I[0], catalog.passing(I[0], where))
+        D, I = (found[0] for found in index.search(xq[None], width))  # noqa: E741
+        passes = np.zeros(0, dtype=bool)
+        while len(passes) < width and passes.sum() < k:
+            block = I[len(passes) :][: max(k, width // (2 * _AMPLE))]
+            passes = np.append(passes, np.isin(block, catalog.passing(block, where)))
         if passes.sum() >= k or width == n:
-            return D[0][passes][:k], I[0][passes][:k]
+            best = np.flatnonzero(passes)[:k]
+            return D[best], I[best]
     D, I = index.search(xq[None], k, ids=catalog.select(where, plan))  # noqa: E741
     return D[0], I[0]
 

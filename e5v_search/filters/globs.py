@@ -36,8 +36,8 @@ def contains(value: str) -> str:
 
 
 def literal(value: str) -> str:
-    """The longest run of ordinary signs in a glob."""
-    return max(_runs(value), key=len)
+    """The longest run of ordinary signs in a glob, but for what it begins with."""
+    return max(_runs(value)[1:], key=len, default="")
 
 
 def start(value: str) -> str:

@@ -148,7 +148,7 @@ def _match(field: str, op: str, value: str, at: int) -> Filter:
     if field not in ("folder", "path"):
         if field == "format":
             value = _FORMATS.get(value.lower(), value)
-        needle = globs.literal(value)
+        needle = max(globs.start(value), globs.literal(value), key=len)
         return Match(field, globs.text_glob(value), needle.lower() if needle.isascii() else "")
     try:
         value = globs.anchored(value)
