@@ -132,7 +132,9 @@ class Where:
             plans = {part: plan for part in where.parts if (plan := self._plan(part, enough)) is not None}
             if not plans:
                 return None
-            for limit in (enough // 4, enough):  # where one part is narrow, the others are not counted far
+            # to join all items with their files takes longer than any index
+            limits = (enough // 4, enough) + ((8 * enough,) if re.search(r"\bf\.", _test(where)[0]) else ())
+            for limit in limits:  # where one part is narrow, the others are not counted far
                 efforts = {part: self._count(plan.terms or (), limit) for part, plan in plans.items()}
                 best = min(efforts, key=efforts.__getitem__)
                 if efforts[best] < limit:
@@ -312,15 +314,15 @@ def _taken(leaf: Compare, column: str) -> Sql:
 
 
 def _match(leaf: Match, column: str) -> Sql:
+    if leaf.name == "folder" and not leaf.folded:
+        column = "f.path"  # a glob for all that a folder holds finds its files too, and a path is at hand
     tests: list[str] = []
     values: list[Any] = []
     if leaf.start:
         tests.append(f"{column} >= CAST(? AS TEXT) AND {column} < CAST(? AS TEXT)")
         values += [to_sql(leaf.start), to_sql(leaf.start) + b"\xff"]  # a byte that no text holds
     if leaf.needle:
-        # what is in the folder is in the path, which is at hand
-        text = "f.path" if leaf.name == "folder" and not leaf.sufficient else column
-        tests.append(f"instr({f'lower({text})' if leaf.folded else text}, CAST(? AS TEXT)) > 0")
+        tests.append(f"instr({f'lower({column})' if leaf.folded else column}, CAST(? AS TEXT)) > 0")
         values.append(to_sql(leaf.needle))
     if not leaf.sufficient:
         tests.append(f"matches(?, ?, CAST({column} AS BLOB))")
