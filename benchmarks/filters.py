@@ -115,7 +115,7 @@ def put(n: int, r: random.Random, x: np.ndarray) -> Put:
 
 
 def build(folder: Path, items: int, indexed: bool = True) -> float:
-    """Seconds that the commits took. Vectors are random: neighbours have nothing in common with facts."""
+    """Seconds of the processor that the commits took. Vectors are random: neighbours have nothing in common with facts."""
     rng, r = np.random.default_rng(0), random.Random(0)
     seconds = 0.0
     with Catalog.create(folder) as catalog:
@@ -126,9 +126,9 @@ def build(folder: Path, items: int, indexed: bool = True) -> float:
             x = rng.standard_normal((COMMIT, DIM)).astype(np.float32)
             x /= np.linalg.norm(x, axis=1, keepdims=True)
             puts = [put(start + j, r, x[j]) for j in range(COMMIT)]
-            began = time.perf_counter()
+            began = time.process_time()
             catalog.commit(puts)
-            seconds += time.perf_counter() - began
+            seconds += time.process_time() - began
         index = Index.build(DIM, catalog.vectors())
         index.stamp = Stamp(catalog.uid, catalog.state)
         index.save(folder / "index.faiss")
@@ -149,7 +149,7 @@ def sizes(catalog: Catalog) -> dict[str, float]:
 
 
 def write_cost(items: int) -> dict[str, float]:
-    """Seconds to commit so many items without and with the indexes, one after the other."""
+    """Seconds of the processor to commit so many items without and with the indexes, one after the other."""
     with tempfile.TemporaryDirectory() as folder:
         without, with_them = (build(Path(folder) / str(indexed), items, indexed) for indexed in (False, True))
     return {"items": items, "without_s": round(without, 2), "with_s": round(with_them, 2)}
