@@ -12,6 +12,7 @@ from e5v_search import Collection, Embedder
 from e5v_search.collection import Space
 from e5v_search.errors import MediaError, QueryError, UsageError
 from e5v_search.query import Input, Query, Term
+from e5v_search.render import render
 
 SAMPLES = Path(__file__).parent.parent / "e5v_search/samples"
 CAT, RACCOON, COFFEE = (SAMPLES / f"{name}.jpg" for name in ("cat", "raccoon", "coffee"))
@@ -171,3 +172,65 @@ def test_the_documented_questions(c: Collection) -> None:
     for positive, negative, *documented in rows:
         scores = {hit.path: hit.score for hit in c.space.ask(positive, negative, [dog, CAT])[0]}
         assert [scores[str(dog.resolve())], scores[str(CAT)]] == pytest.approx([float(x) for x in documented], abs=2e-3)
+
+
+@pytest.fixture(scope="module")
+def mixed(model: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collection]:
+    """Four photos, and three texts as they are and rendered, each under two prompt sets."""
+    base = tmp_path_factory.mktemp("mixed")
+    (base / "texts.txt").write_text("a cat looks up\na cup of coffee on a table\na rocket in the night\n")
+    with Collection.open(base / "c", model) as collection:
+        collection.ingest([CAT, COFFEE, RACCOON, SAMPLES / "rocket-launch.jpg"], views=["retrieval", "cirr"])
+        for kind in ("text", "rendered"):
+            collection.ingest([base / "texts.txt"], kind=kind)
+        yield collection
+
+
+def test_a_composed_search_compares_with_photos_read_under_the_cirr_prompt(mixed: Collection, model: Embedder) -> None:
+    photos = [CAT, COFFEE, RACCOON, SAMPLES / "rocket-launch.jpg"]
+    [composed] = model.embed_composed([(CAT, "at night")])
+    for keep in (True, False):
+        hits = mixed.search(image=CAT, modify="at night", where=["kind=image"], keep_reference=keep)
+        expected = {str(path): x for path, x in zip(photos, model.embed_images(photos, "cirr") @ composed, strict=True)}
+        if not keep:
+            del expected[str(CAT)]
+        assert [hit.path for hit in hits] == sorted(expected, key=lambda path: -expected[path])
+        np.testing.assert_allclose([hit.score for hit in hits], sorted(expected.values(), reverse=True), atol=2e-3)
+    # a set that the collection has no view of compares with the view that every collection has
+    [styled] = model.embed_composed([(CAT, "at night")], "fashioniq-dress")
+    best = mixed.search(image=CAT, modify="at night", prompts="fashioniq-dress", where=["kind=image"], keep_reference=True)[0]
+    assert best.score == pytest.approx(float((model.embed_images(photos) @ styled).max()), abs=2e-3)
+
+
+def test_every_kind_is_found_and_told_apart(mixed: Collection, model: Embedder) -> None:
+    hits = mixed.search("a cat looks up", k=100)
+    assert sorted(hit.kind for hit in hits) == ["image"] * 4 + ["rendered"] * 3 + ["text"] * 3
+    assert (hits[0].kind, hits[0].text, hits[0].part) == ("text", "a cat looks up", "1")
+    assert hits[0].score == pytest.approx(1, abs=1e-3)
+    for where, kinds in (
+        ("kind=image|text", {"image", "text"}),
+        ("kind=rendered", {"rendered"}),
+        ("not kind=image", {"text", "rendered"}),
+    ):
+        assert {hit.kind for hit in mixed.search("a cat", where=[where], k=100)} == kinds
+
+
+def test_items_of_every_kind_can_be_asked_with(mixed: Collection, model: Embedder) -> None:
+    text, rendered = (mixed.search("a rocket in the night", where=[f"kind={kind}"], k=100) for kind in ("text", "rendered"))
+    text_id = text[0].id
+    rendered_id = next(hit.id for hit in rendered if hit.text == "a rocket in the night")
+    assert text_id is not None
+    assert rendered_id is not None
+    assert mixed.search(image=text_id, k=1)[0].id == text_id
+    assert mixed.search(image=rendered_id, k=1)[0].id == rendered_id
+    drawn = render("a rocket in the night")
+    np.testing.assert_allclose(
+        mixed.space.vectors([Input(image=text_id), Input(image=rendered_id)], "prompt"),
+        np.concatenate((model.embed_texts(["a rocket in the night"], "prompt"), model.embed_images([drawn], "prompt"))),
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(
+        mixed.space.vectors([Input(image=rendered_id, modify="in red")]), model.embed_composed([(drawn, "in red")]), atol=1e-5
+    )
+    with pytest.raises(QueryError, match=f"item {text_id} is a text, no picture"):
+        mixed.search(image=text_id, modify="in red")
