@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from pictures import photo
 from PIL import Image, ImageEnhance
 
-from e5v_search import Collection, Embedder, media
+from e5v_search import Collection, Embedder
 from e5v_search.catalog import VIEW, Catalog, Put
 from e5v_search.collection import duplicates as module
 from e5v_search.collection.chosen import stored
 from e5v_search.collection.duplicates import Duplicates, find_duplicates, leaders, neighboured
 from e5v_search.errors import UsageError
+from e5v_search.media.look import look
 
 SAMPLES = Path(module.__file__).parent.parent / "samples"
 
@@ -93,7 +94,7 @@ def test_thousands_of_equal_rows_are_one_group() -> None:
 
 def test_rows_are_alike_only_if_they_look_so() -> None:
     x = np.tile([1.0, 0.0], (6, 1))
-    two = np.array([media.look(photo(200, 150, seed)) for seed in (1, 2)])
+    two = np.array([look(photo(200, 150, seed)) for seed in (1, 2)])
     assert leaders(x, 0.9, two[[0, 1, 0, 1, 1, 0]])[0].tolist() == [0, 1, 0, 1, 1, 0]
     assert leaders(x, 0.9)[0].tolist() == [0] * 6
 

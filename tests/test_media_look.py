@@ -8,7 +8,7 @@ from pictures import encoded, photo
 from PIL import Image, ImageEnhance
 
 from e5v_search import media
-from e5v_search.media.look import CUTS
+from e5v_search.media.look import CUTS, alike, look
 
 SAMPLES = sorted((Path(media.__file__).parent.parent / "samples").glob("*.jpg"))
 
@@ -32,13 +32,13 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def looks() -> np.ndarray:
-    return np.array([media.look(media.open_picture(path)) for path in SAMPLES])
+    return np.array([look(media.open_picture(path)) for path in SAMPLES])
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_photo_is_known_and_told_from_the_others(looks: np.ndarray, change: str) -> None:
-    changed = np.array([media.look(CHANGES[change](media.open_picture(path))) for path in SAMPLES])
-    assert media.alike(looks, changed).tolist() == np.eye(len(SAMPLES), dtype=bool).tolist()
+    changed = np.array([look(CHANGES[change](media.open_picture(path))) for path in SAMPLES])
+    assert alike(looks, changed).tolist() == np.eye(len(SAMPLES), dtype=bool).tolist()
 
 
 def test_looks_have_length_one(looks: np.ndarray) -> None:
@@ -48,13 +48,13 @@ def test_looks_have_length_one(looks: np.ndarray) -> None:
 
 def test_pictures_of_one_colour() -> None:
     black, nearly, white, drawn = (
-        media.look(image)[None]
+        look(image)[None]
         for image in (*(Image.new("RGB", (40, 30), grey) for grey in ("#000", "#101010", "#fff")), photo(40, 30))
     )
-    assert media.alike(black, nearly).all()
-    assert not media.alike(black, white).any()
-    assert not media.alike(black, drawn).any()
+    assert alike(black, nearly).all()
+    assert not alike(black, white).any()
+    assert not alike(black, drawn).any()
 
 
 def test_a_single_pixel() -> None:
-    assert np.isfinite(media.look(Image.new("RGB", (1, 1), "red"))).all()
+    assert np.isfinite(look(Image.new("RGB", (1, 1), "red"))).all()

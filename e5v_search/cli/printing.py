@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from e5v_search.collection import Collection, Failure, Hit
     from e5v_search.collection.duplicates import Photo
 
@@ -143,14 +145,21 @@ def draw_hits(source: "Collection", hits: Sequence["Hit"], draw: Callable[[Path]
 
 def save_sheet(source: "Collection", hits: Sequence["Hit"], out: Path, title: str) -> None:
     """Draw the hits with their scores into the picture file `out`; one that cannot be read is a grey cell with its name."""
+    from e5v_search.errors import MediaError
     from e5v_search.media import contact_sheet
+    from e5v_search.render import render
 
-    pictures = [
-        (_picture(source, hit) or Path(hit.path), f"{hit.score:.3f}\n{printable(os.path.basename(hit.path))}")
-        for hit in hits
-        if hit.path is not None
-    ]
-    contact_sheet(pictures, out, title)
+    def seen(hit: "Hit") -> "Path | Image":
+        if hit.kind != "image" and hit.text is not None:
+            with suppress(MediaError):  # a script for which there is no font
+                return render(hit.text)
+        return _picture(source, hit) or Path(hit.path or "")
+
+    def caption(hit: "Hit") -> str:
+        name = printable(os.path.basename(hit.path or "")) + (f":{printable(hit.part)}" if hit.part is not None else "")
+        return f"{hit.score:.3f}\n{name}"
+
+    contact_sheet([(seen(hit), caption(hit)) for hit in hits], out, title)
 
 
 def _picture(source: "Collection", hit: "Hit") -> Path | None:

@@ -19,6 +19,7 @@ from e5v_search.catalog import Catalog
 from e5v_search.collection.chosen import chosen, stored
 from e5v_search.collection.report import Failure
 from e5v_search.errors import MediaError, UsageError
+from e5v_search.media.look import alike, look
 from e5v_search.parallel import ahead, windows
 
 THRESHOLD = 0.9
@@ -196,7 +197,7 @@ def leaders(x: np.ndarray, threshold: float, looks: np.ndarray | None = None) ->
         D: np.ndarray = rows @ _unit(x[others]).T
         near = threshold - _ROUNDING <= D
         if looks is not None and near.any():
-            near &= media.alike(looks[led], looks[others])
+            near &= alike(looks[led], looks[others])
         D[~near] = -np.inf
         return D
 
@@ -225,7 +226,7 @@ def _looks(photos: Sequence[Photo], folder: Path, before: int, on_progress: Prog
 
     def seen(photo: Photo) -> np.ndarray | Failure:
         try:
-            return media.look(media.small(photo.path, photo.content_hash, folder / "thumbnails"))
+            return look(media.small(photo.path, photo.content_hash, folder / "thumbnails"))
         except MediaError as error:
             return Failure(photo.path, str(error))
 

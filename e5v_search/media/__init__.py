@@ -1,7 +1,6 @@
 """Photos on disk: find, open, orient, bound and hash them, notice changes; their facts, thumbnails and contact sheets."""
 
 from e5v_search.media.changes import TICK, Changes, Signature, signature
-from e5v_search.media.look import alike, look
 from e5v_search.media.photo import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -30,11 +29,9 @@ __all__ = [
     "Problem",
     "Scan",
     "Signature",
-    "alike",
     "contact_sheet",
     "content_hash",
     "decode",
-    "look",
     "open_photo",
     "open_picture",
     "read_photo",
