@@ -15,7 +15,7 @@ FLOORS = [
     {"backbones", "catalog", "index"},
     {"query"},  # the vocabulary of floor 3
     {"collection", "evaluation", "training"},
-    {"scale", "web"},
+    {"map", "scale", "web"},
     {"cli"},
 ]
 HOME = {

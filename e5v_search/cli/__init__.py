@@ -21,6 +21,7 @@ from e5v_search.cli.duplicates import duplicates
 from e5v_search.cli.embed import embed
 from e5v_search.cli.index import index
 from e5v_search.cli.manage import forget, rebuild, status, verify
+from e5v_search.cli.map import map_command
 from e5v_search.cli.models import models
 from e5v_search.cli.options import DEBUG, debug_option, examples
 from e5v_search.cli.printing import printable
@@ -85,6 +86,7 @@ for _command in (
     compare,
     explain,
     duplicates,
+    map_command,
     status,
     verify,
     rebuild,

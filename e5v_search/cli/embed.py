@@ -1,23 +1,16 @@
 """`embed`: vectors of texts, pictures or pictures with changes into a file, without a collection."""
 
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from e5v_search.cli.options import debug_option, examples, json_option, model_options, quiet_option
+from e5v_search.cli.output import reserved
 from e5v_search.cli.printing import print_json, printable, shown_path
 from e5v_search.cli.progress import Progress
 from e5v_search.cli.rows import composed_job, embed_rows, image_job, text_job
-from e5v_search.errors import E5VError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @click.command(
@@ -76,13 +69,15 @@ def embed(
     from e5v_search.prompts import load_prompts
 
     load_prompts(prompts).get(job.kind)  # a mistake there need not wait for the model
-    with _reserved(out) as save:
+    with reserved(out) as save:
+        import numpy as np
+
         from e5v_search.backbones import Embedder
 
         embedder = Embedder.load(model, device=device, dtype=dtype, quantize=quantize)
         with Progress("Embedding", "text" if job.kind == "text" else "photo", quiet) as progress:
             x = embed_rows(job, embedder, prompts, lambda done: progress.update(done, len(job.rows), len(job.failed)))
-        save(x)
+        save(lambda file: np.save(file, x))
     made_by = str(embedder.made_by.with_prompts(prompts))
     seconds = time.monotonic() - start
     for failure in job.failed:
@@ -105,36 +100,3 @@ def embed(
         click.echo(f"made by {made_by}")
     if job.failed:
         ctx.exit(1)
-
-
-@contextmanager
-def _reserved(path: Path) -> Iterator[Callable[["np.ndarray"], None]]:
-    """A function that saves a matrix at `path`, whole or not at all. A place that cannot be written fails here already."""
-    import numpy as np
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        file = temporary.open("xb")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-    def save(x: np.ndarray) -> None:
-        try:
-            np.save(file, x)
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            temporary.replace(path)
-        except OSError as error:
-            raise _unwritable(path, error) from error
-
-    try:
-        yield save
-    finally:
-        with suppress(OSError):
-            file.close()
-        temporary.unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, error: OSError) -> E5VError:
-    return E5VError(f"{path} cannot be written: {error.strerror or error}; choose another place with --out")
