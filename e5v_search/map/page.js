@@ -121,34 +121,31 @@
     cost = performance.now() - start;
   }
 
-  // pictures: of the items in a cell the one nearest its middle, so that they hardly overlap and stay while one moves
-  const CELL = 92, PICTURE = 64;
+  // pictures: as many as find room, first those in the middle of a cell; they are chosen anew at steps of the zoom only, and
+  // by where they are in the world, so that they stay while one moves
+  const CELL = 80, PICTURE = 64;
   const images = new Map();
   let chosen = [], chosenFor = "";
 
   function choose() {
-    const level = Math.floor(Math.log2(view.scale / CELL)), size = 2 ** -level;
+    const level = Math.floor(3 * Math.log2(view.scale / CELL)), size = 2 ** (-level / 3), room = PICTURE / CELL;
     const key = `${level} ${on} ${words}`;
     if (key === chosenFor) return;
     chosenFor = key;
-    const best = new Map();
-    for (let i = 0; i < n; i++) {
-      if (!data.thumbnails[i] || !visible(i)) continue;
-      const cx = Math.floor(X[i] / size), cy = Math.floor(Y[i] / size), at = `${cx} ${cy}`;
-      const d = (X[i] / size - cx - 0.5) ** 2 + (Y[i] / size - cy - 0.5) ** 2;
-      if (!best.has(at) || d < best.get(at)[1]) best.set(at, [i, d]);
+    const off = (v) => Math.abs(v / size - Math.floor(v / size) - 0.5);
+    const candidates = [];
+    for (let i = 0; i < n; i++) if (data.thumbnails[i] && visible(i)) candidates.push([Math.max(off(X[i]), off(Y[i])), i]);
+    candidates.sort((a, b) => a[0] - b[0] || a[1] - b[1]);
+    const kept = new Map(); // cell -> items in it
+    chosen = [];
+    for (const [, i] of candidates) {
+      const cx = Math.floor(X[i] / size), cy = Math.floor(Y[i] / size);
+      const covered = [-1, 0, 1].some((dx) => [-1, 0, 1].some((dy) => (kept.get(`${cx + dx} ${cy + dy}`) ?? []).some(
+        (other) => Math.abs(X[i] - X[other]) < room * size && Math.abs(Y[i] - Y[other]) < room * size)));
+      if (covered) continue;
+      chosen.push(i);
+      kept.set(`${cx} ${cy}`, [...(kept.get(`${cx} ${cy}`) ?? []), i]);
     }
-    // in each cell there is at most one now; of those that would cover each other across a border the better placed stays
-    const kept = new Map(), room = PICTURE / CELL;
-    for (const [at, [i]] of [...best].sort((a, b) => a[1][1] - b[1][1])) {
-      const [cx, cy] = at.split(" ").map(Number);
-      const covered = [-1, 0, 1].some((dx) => [-1, 0, 1].some((dy) => {
-        const other = kept.get(`${cx + dx} ${cy + dy}`);
-        return other !== undefined && Math.abs(X[i] - X[other]) < room * size && Math.abs(Y[i] - Y[other]) < room * size;
-      }));
-      if (!covered) kept.set(at, i);
-    }
-    chosen = [...kept.values()];
   }
 
   function pictureAt(px, py) {
