@@ -371,6 +371,50 @@ def test_names_in_errors_stay_on_their_line(library: Path) -> None:
     assert "a\\nb\\x1b[31m.jpg" in refused(3, "search", "--image", "/none/a\nb\x1b[31m.jpg")
 
 
+def test_a_first_run_that_is_refused_leaves_no_collection(library: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.log").write_text("a dog\n")
+    for options, code, said in (
+        ([tmp_path / "none"], 3, "no such file or folder"),
+        ([library / "photos", "--model", "nonsense"], 3, "unknown model"),
+        ([tmp_path / "a.log", "--kind", "text"], 2, "is no file of texts"),
+        ([library / "photos", "--views", "none"], 2, "no view 'none'; choose from: retrieval, cirr"),
+    ):
+        assert said in refused(code, "index", *options, "-c", str(tmp_path / "new/c"))
+        assert not (tmp_path / "new").exists()
+    result = run("index", library / "photos", "--kind", "sound", "-c", str(tmp_path / "new/c"))
+    assert result.exit_code == 2
+    assert "'--kind': 'sound' is not one of" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_texts_on_the_command_line(copied: Path, tmp_path: Path) -> None:
+    captions = tmp_path / "captions.txt"
+    captions.write_bytes(b"a dog on the grass\n\xff\n" + "two\u202ekids, ".encode() * 20 + b"\n")
+    result = run("index", captions, "--kind", "text", "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert (report["added"], report["failed"]) == (2, [{"path": f"{captions}:2", "reason": "not UTF-8 (byte 1 of the line)"}])
+    assert list(report) == ["added", "unchanged", "updated", "removed", "failed", "seconds"]
+    hit = json.loads(run("search", "a dog on the grass", "-k", "1", "--json").stdout)["hits"][0]
+    assert (hit["kind"], hit["path"], hit["part"], hit["text"]) == ("text", str(captions), "1", "a dog on the grass")
+    table = run("search", "a dog", "-k", "9", "--where", "kind=text").stdout
+    assert f"{captions}:1  a dog on the grass\n" in table
+    [long] = [line for line in table.splitlines() if f"{captions}:3" in line]
+    assert long.endswith("…")
+    assert "two\\u202ekids" in long
+    shown = run("index", captions, "--kind", "rendered", "--views", "cirr").stdout
+    assert "added 2, failed 1, given views 7" in shown
+    status = run("status").stdout
+    assert "5 photos, 2 texts, 2 rendered texts" in status
+    assert "retrieval, cirr" in status
+    assert f"{captions} (rendered)" in status
+    assert f"{captions}:2: not UTF-8" in status
+    assert run("verify").stdout == "no errors\n"
+    result = run("index", "--kind", "text")
+    assert result.exit_code == 2
+    assert "--kind says what PATHS are" in result.stderr
+
+
 def test_broken_pictures_as_queries(library: Path, tmp_path: Path) -> None:
     for path, reason in pictures.write_bad(tmp_path / "bad").items():
         said = refused(3, "search", "--image", path)

@@ -54,7 +54,7 @@ class Reading:
         An item in the very place comes first, then any that the file had elsewhere.
         """
         found: list[Part | None] = [None] * len(texts)
-        there = self._at([part for part, _ in texts])
+        there = self.at([part for part, _ in texts])
         elsewhere: dict[str, list[int]] = {}
         for n, (part, content_hash) in enumerate(texts):
             row = there.get(part)
@@ -75,9 +75,9 @@ class Reading:
         self.claim(moved)
         return found
 
-    def at(self, part: str) -> Part | None:
-        """The item in this place that nobody has claimed."""
-        return self._at([part]).get(part)
+    def at(self, parts: Sequence[str]) -> dict[str, Part]:
+        """The items in these places that nobody has claimed, by place."""
+        return {row.part: row for row in self._among("i.id", "f.part", parts)}
 
     def claim(self, ids: Iterable[int]) -> None:
         with transaction(self._db, "DEFERRED"):
@@ -90,9 +90,6 @@ class Reading:
         while rows := self._db.execute(query, (*self._of, last)).fetchall():
             yield from (row[0] for row in rows)
             last = rows[-1][0]
-
-    def _at(self, parts: Sequence[str]) -> dict[str, Part]:
-        return {row.part: row for row in self._among("i.id", "f.part", parts)}
 
     def _first_with(self, hashes: Sequence[str]) -> dict[str, Part]:
         # the other columns are then those of the row with the smallest id

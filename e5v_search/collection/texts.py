@@ -122,8 +122,8 @@ class Texts:
             if isinstance(record, Bad):
                 file.failed = True
                 ingest.fail(path, self.kind, record.reason, str(record.line))
-                if record.part is not None and (last_good := reading.at(record.part)):
-                    reading.claim([last_good.item_id])
+                if record.part is not None:  # its last good text stays
+                    reading.claim(row.item_id for row in reading.at([record.part]).values())
         file.texts += len(texts)
         for text, known in zip(texts, reading.match([(text.part, _hash(text)) for text in texts]), strict=True):
             if known is None:
@@ -140,12 +140,9 @@ class Texts:
 
     def _jobs(self, file: _File, texts: Sequence[Text], reading: Reading) -> Iterator[Job]:
         """Texts that are new to the file, in their places; passes on what must be embedded."""
-        jobs = []
-        for text in texts:
-            before = reading.at(text.part)
-            if before is not None:
-                reading.claim([before.item_id])
-            jobs.append(self._job(file, text, before.item_id if before else None))
+        before = reading.at([text.part for text in texts])
+        reading.claim(row.item_id for row in before.values())
+        jobs = [self._job(file, text, before[text.part].item_id if text.part in before else None) for text in texts]
         file.unsettled += len(jobs)
         for job in jobs:
             job.settled = lambda worked: self._settled(file, worked)
