@@ -1,5 +1,6 @@
 """Items as rows of a file, one a vector: Parquet or JSON lines, written and read in blocks."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -199,10 +200,14 @@ def to_put(row: dict[str, Any], place: str, number: int, folder: Path) -> Put:
         raise CollectionError(f"{place}: kind: {values['kind']!r} is none of {', '.join(KINDS)}")
     if values["kind"] == "image" and values["path"] is None:
         raise CollectionError(f"{place}: path: a photo needs one")
-    if values["kind"] != "image" and values["text"] is None:
-        values["text"] = f"row {number}"
+    content_hash = f"unknown-{item_id}"
+    if values["kind"] != "image":
+        if values["text"] is None:
+            values["text"] = f"row {number}"
+        else:
+            content_hash = hashlib.sha256(values["text"].encode("utf-8", "surrogatepass")).hexdigest()
     # -1 is the size and time of no file: the next `index` compares contents
-    missing = {"content_hash": f"unknown-{item_id}", "part": "", "size": -1, "mtime_ns": -1, "on_mount": False}
+    missing = {"content_hash": content_hash, "part": "", "size": -1, "mtime_ns": -1, "on_mount": False}
     values |= {name: value for name, value in missing.items() if values[name] is None}
     others = {name: _fact(value, f"{place}: {name}") for name, value in row.items() if value is not None}
     return Put(item_id=item_id, facts=others | (facts or {}), **values)
