@@ -388,6 +388,35 @@ def test_several_roots_files_among_them(tmp_path: Path, embedder: LlavaNextEmbed
         assert c.verify() == []
 
 
+def test_texts_and_photos_in_one_folder(tmp_path: Path, embedder: LlavaNextEmbedder) -> None:
+    folder, captions = tmp_path / "mixed", tmp_path / "mixed/captions.txt"
+    paint(folder / "a.jpg", 1)
+    captions.write_text("a dog\na cat\n")
+    notes: list[str] = []
+    sources = [(str(folder), kind) for kind in ("image", "text", "rendered")]
+    with (
+        Collection.open(tmp_path / "c", embedder) as c,
+        contextlib.closing(Follower(c, sources, notes.append).run()) as reports,
+    ):
+        assert next(reports).added == 5
+        with captions.open("a") as file:
+            file.write("a bird\n")
+        assert next(reports).added == 2
+        paint(folder / "b.jpg", 2)
+        assert next(reports).added == 1
+        captions.write_text("a bird\na cat\n")
+        assert next(reports).removed == 2
+        (folder / "notes.md").write_bytes(b"# Caf\xe9\n")
+        report = next(reports)
+        assert report.failed
+        assert all("notes.md" in failure.path for failure in report.failed)
+        captions.rename(folder / "moved.txt")
+        assert next(reports).removed == 4
+        assert c.catalog.count() == {"image": 2, "text": 2, "rendered": 2}
+        assert notes == []
+        assert c.verify() == []
+
+
 def test_without_notices_the_folders_are_looked_through(
     tmp_path: Path, embedder: LlavaNextEmbedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,8 +451,9 @@ def test_the_systems_own_limit(tmp_path: Path, folders: int) -> None:
         "base, n = Path(sys.argv[1]), int(sys.argv[2])\n"
         "for i in range(n): (base / str(i)).mkdir()\n"
         "changes = Changes([str(base)], print)\n"
-        "for i in range(20): (base / f'later {i}').mkdir()\n"
-        "while not changes.unwatched: changes.wait()\n"
+        "n = 0\n"
+        "while not changes.unwatched:\n"
+        "    n += 1; (base / f'later {n}').mkdir(); changes.wait()\n"
     )
     limited = 'echo 12 > /proc/sys/user/max_inotify_watches && exec "$0" -c "$1" "$2" "$3"'
     command = ["unshare", "-Ur", "sh", "-c", limited, sys.executable, program, str(tmp_path), str(folders)]

@@ -10,6 +10,7 @@ from e5v_search.media.scan import hidden_below, roots_above
 
 TICK = 0.2  # seconds that a call of `wait` takes when nothing happens
 _ROOTS_EVERY = 1.0  # seconds
+_PROBE_AFTER = 1.0  # seconds in which the library has come to watch a new folder
 _REOPEN_AFTER = 10.0  # seconds without notices after a name that they cannot tell
 _MOUNTS = "/proc/self/mountinfo"
 
@@ -31,7 +32,7 @@ class Changes:
         self._note = note
         self._noted: set[str] = set()
         self._stream: Generator[set[Any], None, None] | None = None
-        self._reopen_at = float("inf")
+        self._reopen_at = self._probe_at = float("inf")
         self._signatures = {root: signature(root) for root in self.roots}
         self._mounts = _mounts_below(self.roots)
         self._look_at_roots_at = 0.0
@@ -58,12 +59,15 @@ class Changes:
             time.sleep(TICK)
             return set()
         try:
+            if now >= self._probe_at:
+                self._probe_at = float("inf")
+                self._probe()
             paths = {path for _, path in next(self._stream)}
             folders = [path for path in paths if os.path.isdir(path)]
             if any(os.path.islink(path) for path in folders):
                 self._open()  # links to folders are followed only by a watch that begins
             elif folders:
-                self._probe()  # a new folder is watched as well, or silently not
+                self._probe_at = now + _PROBE_AFTER  # a new folder is watched as well, or silently not
         except (RuntimeError, OSError) as error:
             self._stumble(error)
             return set(self.roots)
