@@ -67,7 +67,7 @@ class Changes:
             if any(os.path.islink(path) for path in folders):
                 self._open()  # links to folders are followed only by a watch that begins
             elif folders:
-                self._probe_at = now + _PROBE_AFTER  # a new folder is watched as well, or silently not
+                self._probe_at = min(self._probe_at, now + _PROBE_AFTER)  # a new folder is watched as well, or silently not
         except (RuntimeError, OSError) as error:
             self._stumble(error)
             return set(self.roots)
