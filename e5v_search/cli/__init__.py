@@ -48,7 +48,8 @@ class Program(click.Group):
             _discard_output()
             ctx.exit(0)
         except KeyboardInterrupt as stop:
-            self._leave(ctx, "; ".join(["stopped", *map(str, stop.args)]), STOPPED)
+            # no map() here: the name is that of the module beside this one
+            self._leave(ctx, "; ".join(["stopped", *(str(arg) for arg in stop.args)]), STOPPED)
         except E5VError as error:
             self._leave(ctx, f"Error: {error}", error.exit_code)
         except OSError as error:
