@@ -361,3 +361,17 @@ def test_photos_that_changed_are_left_out_of_the_paths(catalog: Catalog, tmp_pat
     assert result.stdout == ""
     assert "1 photo left out" in result.stderr
     assert run("duplicates", "-c", str(tmp_path / "c"), "--paths", "--quiet").stderr == ""
+
+
+def test_only_what_passes_the_filters_counts(tmp_path: Path) -> None:
+    pictures = [photo(200, 150, 1), photo(150, 200, 2)]
+    with Collection.open(tmp_path / "c", Embedder.load("e5v-tiny", device="cpu")) as c:
+        for i, picture in enumerate(pictures):
+            picture.save(tmp_path / f"{i}.png")
+            shutil.copy(tmp_path / f"{i}.png", tmp_path / f"{i} copy.png")
+        c.ingest([tmp_path])
+        assert len(find_duplicates(c.catalog, None).groups) == 2
+        [group] = find_duplicates(c.catalog, None, where=["orientation=portrait"]).groups
+        assert {Path(item.path).name for item in group.items} == {"1.png", "1 copy.png"}
+        with pytest.raises(UsageError, match="no orientation"):
+            find_duplicates(c.catalog, None, where=["orientation=round"])

@@ -311,3 +311,12 @@ def test_what_the_command_refuses(place: Path, tmp_path: Path) -> None:
     assert "has no image prompt" in refused(2, "map", "-c", str(place), "--out", tmp_path / "map.html", "--prompts", "sts")
     assert run("map", "-c", str(place)).exit_code == 2
     assert not (tmp_path / "map.html").exists()
+
+
+def test_only_what_passes_the_filters_is_drawn(c: Collection) -> None:
+    drawn = draw_map(c, where=["kind=image"])
+    assert drawn.items["image"] == draw_map(c).items["image"]
+    assert {kind for kind, n in drawn.items.items() if n} == {"image"}
+    assert drawn.gaps == []
+    with pytest.raises(UsageError, match="left to draw where width>100000"):
+        draw_map(c, where=["width>100000"])

@@ -53,10 +53,6 @@ class Catalog(Files, Transfer):
         """Number of items of each kind, kinds without any included."""
         return dict.fromkeys(KINDS, 0) | dict(self._rows("SELECT kind, count(*) FROM items GROUP BY kind"))
 
-    def ids(self, kind: str) -> np.ndarray:
-        """Ids (n,) int64, ascending, of the items of `kind`."""
-        return np.array([row[0] for row in self._rows("SELECT id FROM items WHERE kind = ? ORDER BY id", (kind,))], np.int64)
-
     def same_content(self, hashes: Sequence[str], kind: str) -> dict[str, int]:
         """The first item of `kind` with a vector for each content hash that has one."""
         query = (

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from e5v_search.cli.options import collection_option, debug_option, examples, json_option, quiet_option
+from e5v_search.cli.options import collection_option, debug_option, examples, json_option, quiet_option, where_option
 from e5v_search.cli.printing import count, print_failures, print_json, print_paths, shown_path, size, warn
 from e5v_search.cli.progress import Progress
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         "e5v-search duplicates",
         "e5v-search duplicates -c holidays --threshold 0.98 --keep oldest",
         "e5v-search duplicates --by-vectors --threshold 0.97",
-        "e5v-search duplicates --exact --json",
+        "e5v-search duplicates --exact --where 'size>1kB' --json",
         "e5v-search duplicates --quiet --paths -0 | xargs -0 ls -l",
     )
 )
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Which one to keep: most pixels, then most bytes; or taken first, then written first.",
 )
+@where_option
 @click.option("--paths", "as_paths", is_flag=True, help="Print the bare paths of the photos that could go, one a line.")
 @click.option("-0", "--null", "null", is_flag=True, help="With --paths: end each with a NUL, as xargs -0 wants it.")
 @json_option
@@ -50,6 +51,7 @@ def duplicates(
     by_vectors: bool,
     exact: bool,
     keep: str,
+    where: tuple[str, ...],
     as_paths: bool,
     null: bool,
     as_json: bool,
@@ -74,7 +76,7 @@ def duplicates(
         Progress("Comparing", "photo", quiet) as progress,
     ):
         wanted = None if exact else threshold or THRESHOLD
-        found = find_duplicates(source.catalog, wanted, keep, by_vectors, progress.update)
+        found = find_duplicates(source.catalog, wanted, keep, by_vectors, progress.update, where)
     print_failures(found.failed)
     if as_json:
         print_json(found.to_json())

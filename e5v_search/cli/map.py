@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from e5v_search.cli.options import collection_option, debug_option, examples, json_option, model_options, quiet_option
+from e5v_search.cli.options import (
+    collection_option,
+    debug_option,
+    examples,
+    json_option,
+    model_options,
+    quiet_option,
+    where_option,
+)
 from e5v_search.cli.output import reserved
 from e5v_search.cli.printing import count, print_failures, print_json, shown_path, size
 from e5v_search.cli.progress import Progress
@@ -23,6 +31,7 @@ _NOUNS = {"image": "photo", "text": "text", "rendered": "rendered text"}
     epilog=examples(
         "e5v-search map --out map.html",
         "e5v-search map --out map.html -c holidays --limit 500 --thumbnails 100 --json",
+        "e5v-search map --out map.html --where 'orientation=landscape' --where kind=image",
         "e5v-search map --out map.html --method umap --quiet",
         "e5v-search map --out last.html --prompts last --model e5v-tiny --device cpu --dtype float32",
     ),
@@ -37,6 +46,7 @@ _NOUNS = {"image": "photo", "text": "text", "rendered": "rendered text"}
     help="How places are found: by the axes of most variance, or by neighbourhoods (needs the package umap-learn).",
 )
 @click.option("--prompts", metavar="SET|FILE.toml", help="Place the items by their vectors under another prompt set.")
+@where_option
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
@@ -62,6 +72,7 @@ def map_command(
     collection: str,
     method: str,
     prompts: str | None,
+    where: tuple[str, ...],
     limit: int | None,
     thumbnails: int,
     model: str,
@@ -93,7 +104,15 @@ def map_command(
                 bars[what] = stack.enter_context(Progress(what, "item", quiet))
             bars[what].update(done, total)
 
-        drawn = draw_map(source, method=method, prompts=prompts, limit=limit, most_thumbnails=thumbnails, on_progress=show)
+        drawn = draw_map(
+            source,
+            method=method,
+            prompts=prompts,
+            limit=limit,
+            most_thumbnails=thumbnails,
+            on_progress=show,
+            where=where,
+        )
         page = drawn.page.encode()
         save(lambda file: file.write(page))
     print_failures(drawn.failed)

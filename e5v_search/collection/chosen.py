@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from e5v_search import filters
 from e5v_search.catalog import VIEW, Catalog
 
 
-def chosen(catalog: Catalog, kinds: Sequence[str]) -> dict[str, np.ndarray]:
-    """Ids (n,) int64, ascending, of the items of each of `kinds`."""
-    return {kind: catalog.ids(kind) for kind in kinds}
+def chosen(catalog: Catalog, kinds: Sequence[str], where: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Ids (n,) int64, ascending, of the items of each of `kinds` that pass the filters `where`. Raises QueryError."""
+    return {kind: catalog.select(filters.parse([f"kind={kind}", *where])) for kind in kinds}
 
 
 def stored(catalog: Catalog, ids: np.ndarray, view: str = VIEW) -> tuple[np.ndarray, np.ndarray]:

@@ -126,20 +126,22 @@ def find_duplicates(
     keep: str = "largest",
     by_vectors: bool = False,
     on_progress: Progress | None = None,
+    where: Sequence[str] = (),
 ) -> Duplicates:
     """The groups of photos of which one is enough.
 
     `threshold` is the cosine, above 0, that a photo needs with the one to keep; None looks for equal bytes alone. The two
     must also look the same, unless `by_vectors`. `keep` is "largest" (most pixels, then most bytes, then oldest) or
     "oldest" (by the camera's clock, photos without a date last, then by the file's time); what is equal in all that is
-    kept by path. `on_progress(steps done, steps in all)` is called as it goes. Raises UsageError.
+    kept by path. Only photos that pass the filters `where` count. `on_progress(steps done, steps in all)` is called as it
+    goes. Raises UsageError.
     """
     if keep not in KEEP:
         raise UsageError(f"{keep!r} is no way to choose which photo to keep: take {' or '.join(KEEP)}")
     if threshold is not None and not 0 < threshold <= 1:
         raise UsageError(f"the threshold must be above 0 and at most 1, not {threshold}")
     with catalog.snapshot():
-        photos = sorted(_photos(catalog), key=_largest_first if keep == "largest" else _oldest_first)
+        photos = sorted(_photos(catalog, where), key=_largest_first if keep == "largest" else _oldest_first)
         copies: dict[str, list[Photo]] = {}
         for photo in photos:
             copies.setdefault(photo.content_hash, []).append(photo)
@@ -242,8 +244,8 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return unit
 
 
-def _photos(catalog: Catalog) -> Iterator[Photo]:
-    [ids] = chosen(catalog, ["image"]).values()
+def _photos(catalog: Catalog, where: Sequence[str]) -> Iterator[Photo]:
+    [ids] = chosen(catalog, ["image"], where).values()
     for block in windows(ids.tolist(), _LOOKUP):
         items = [item for item in catalog.items(block).values() if item.path is not None]
         files = catalog.known([str(item.path) for item in items])

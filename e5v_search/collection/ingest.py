@@ -84,6 +84,7 @@ class Ingest:
         self._twins: dict[tuple[str, str], list[Job]] = {}  # (kind, content): jobs that wait for the vectors of another
         self._start = self._last_commit = time.monotonic()
         self._batch = 1  # grows with the measured rate
+        self._begun = False  # something was embedded
 
     def __enter__(self) -> Self:
         return self
@@ -147,7 +148,9 @@ class Ingest:
         embedder = self.embedder()
         if self.catalog.fingerprint is None:
             self.catalog.bind(embedder.fingerprint, embedder.dim, {"name": embedder.name, "quantize": embedder.quantize})
+        if not self._begun:  # also after a run that was killed right behind its bind
             self._on_commit(0)  # the index is there before the first vector: missing later, it was lost
+            self._begun = True
         start = time.monotonic()
         found = embed_each(inputs, lambda some: views.embed(embedder, kind, some, of))
         rate = len(inputs) / max(time.monotonic() - start, 1e-6)

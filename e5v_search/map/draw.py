@@ -1,6 +1,6 @@
 """From a collection to its map."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 from e5v_search import media
 from e5v_search.catalog import KINDS, VIEW
 from e5v_search.collection import Collection, Failure
-from e5v_search.errors import CollectionNotFound, UsageError
+from e5v_search.errors import CollectionNotFound, QueryError, UsageError
 from e5v_search.evaluation import Gap, modality_gap
 from e5v_search.map.page import NOUNS, THUMBNAILS, page, thumbnails
 from e5v_search.map.points import Points, gather
@@ -54,14 +54,15 @@ def draw_map(
     limit: int | None = None,
     most_thumbnails: int = THUMBNAILS,
     on_progress: Progress | None = None,
+    where: Sequence[str] = (),
 ) -> Map:
     """The map of a collection: its items placed by "pca" or "umap" of their vectors.
 
     `prompts` names another prompt set: what the collection does not hold under it is embedded for the map alone. `limit` is
-    how many items are on the map at most (100,000, or 1,000 where they have to be embedded), of each kind an even share.
-    `on_progress(what, done, in all)` is called as it goes. The same collection gives the same map. Raises UsageError,
-    CollectionNotFound for an empty collection, MissingPackage for "umap" without its package, and what loading a model
-    raises.
+    how many items are on the map at most (100,000, or 1,000 where they have to be embedded), of each kind an even share;
+    `where` are filters. `on_progress(what, done, in all)` is called as it goes. The same collection gives the same map.
+    Raises UsageError, CollectionNotFound for an empty collection, MissingPackage for "umap" without its package, and what
+    loading a model raises.
     """
     if method not in METHODS:
         raise UsageError(f"{method!r} is no way to draw a map: take {' or '.join(METHODS)}")
@@ -69,7 +70,9 @@ def draw_map(
     def progress(what: str) -> Callable[[int, int], None]:
         return lambda done, total: None if on_progress is None else on_progress(what, done, total)
 
-    points = gather(source, prompts, limit, on_progress=progress("Embedding"))
+    points = gather(source, prompts, limit, on_progress=progress("Embedding"), where=where)
+    if not points.items and where:
+        raise QueryError(f"nothing in {source.path} is left to draw where {' and '.join(where)}")
     if not points.items:
         raise CollectionNotFound(f"collection {source.path} is empty; fill it with: e5v-search index FOLDER -c {source.path}")
     xy, explained = project(points.x, method)

@@ -29,7 +29,7 @@ class Points:
 
     items: list[Item]
     x: np.ndarray
-    of: dict[str, int]  # items of each kind that the collection holds
+    of: dict[str, int]  # items of each kind that the collection holds, of those that pass
     failed: list[Failure]  # could not be embedded again, and are left out
 
     def of_kind(self, kind: str) -> np.ndarray:
@@ -37,16 +37,22 @@ class Points:
 
 
 def gather(
-    source: Collection, prompts: str | None, limit: int | None, seed: int = 0, on_progress: Progress | None = None
+    source: Collection,
+    prompts: str | None,
+    limit: int | None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+    where: Sequence[str] = (),
 ) -> Points:
-    """At most `limit` items of a collection with their stored vectors, or with vectors under the prompt set `prompts`.
+    """At most `limit` items of a collection, of those that pass the filters `where`, with their stored vectors, or with
+    vectors under the prompt set `prompts`.
 
     Of more items some are drawn by `seed`: of each kind the same number, as far as there are so many. What the collection
     holds under `prompts` is not embedded again. Raises UsageError for a prompt set that lacks a prompt for one of the kinds.
     """
     catalog, view = source.catalog, prompts or VIEW
     with catalog.snapshot():
-        ids_of = chosen(catalog, KINDS)
+        ids_of = chosen(catalog, KINDS, where)
         if limit is None:
             limit = LIMIT if view in catalog.views else LIMIT_EMBEDDED
         rng = np.random.default_rng(seed)
