@@ -70,7 +70,10 @@ class Embedder(Protocol):
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray: ...
 
     @abstractmethod
-    def embed_composed(self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr") -> np.ndarray: ...
+    def embed_composed(
+        self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr", *, normalise: bool = True
+    ) -> np.ndarray:
+        """`normalise=False`: rows as the model gives them, for sums that are normalised afterwards (FashionIQ's protocol)."""
 
     @abstractmethod
     def prepare(self, image: Image.Image) -> Any:

@@ -63,6 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     pictures.photo(66, 45, seed=20).save(base / "dog.jpg", quality=90, exif=exif)
     shutil.copy(ROOT / "e5v_search/samples/cat.jpg", base / "cat.jpg")
     (base / "captions.txt").write_text("a dog\na cat\n")
+    (base / "photos/captions.csv").write_text("file,caption\n0000.jpg,a dog\n0001.jpg,a cat\n0002.jpg,a house\n")
     change = {"image": "dog.jpg", "text": "make it a cat"}
     (base / "changes.jsonl").write_text(json.dumps(change) + "\n")
     with pytest.MonkeyPatch.context() as patch:

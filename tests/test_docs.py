@@ -35,6 +35,8 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(photo, pictures)
     shutil.copy(SAMPLES[2], tmp_path / "cat.jpg")
     shutil.copy(SAMPLES[0], tmp_path / "dog.jpg")
+    rows = (f"2019/{photo.name},{photo.stem.replace('-', ' ')}" for photo in SAMPLES[:6])
+    (tmp_path / "Pictures/captions.csv").write_text("\n".join(["file,caption", *rows]))
     (tmp_path / "sentences.txt").write_text("a dog\na cat\n")
     (tmp_path / "captions.txt").write_text("a dog on the grass\ntwo children in the snow\n")
     (tmp_path / "Notes").mkdir()

@@ -94,6 +94,17 @@ def _content(picture: Picture) -> str | None:
         return None
 
 
+def _floats(hidden: Tensor) -> np.ndarray:
+    out: np.ndarray = hidden.float().cpu().numpy()
+    return out
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Rows (n, dim) of length 1."""
+    out: np.ndarray = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return out
+
+
 class LlavaNextEmbedder(Embedder):
     """`memory` keeps what the model saw of pictures for `embed_composed`; set its `limit` (bytes) or clear it at will."""
 
@@ -138,7 +149,9 @@ class LlavaNextEmbedder(Embedder):
         [ids] = self.encoder.encode(load_prompts(prompts).get("image"), [""])
         return self._embed_plain(self._image_row(ids, tiles, i) for i, tiles in enumerate(ahead(self._open, images)))
 
-    def embed_composed(self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr") -> np.ndarray:
+    def embed_composed(
+        self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr", *, normalise: bool = True
+    ) -> np.ndarray:
         """Pictures, each with the change to it -> (n, dim).
 
         What the model saw of a picture is kept in `memory`: further changes to it, in this call or the next, cost their
@@ -151,7 +164,8 @@ class LlavaNextEmbedder(Embedder):
         begins = ahead(self._begin, (run[0] for run in runs))
         beginnings = (begin for begin, run in zip(begins, runs, strict=True) for _ in run)
         rows = (self._continued(begin, tail, i) for i, (begin, (_, tail)) in enumerate(zip(beginnings, parts, strict=True)))
-        return self._embed_continued(rows, _WINDOW, self.memory)
+        x = self._embed_continued(rows, _WINDOW, self.memory)
+        return _unit(x) if normalise else x
 
     def prepare(self, image: Image.Image) -> Tiles:
         """An upright RGB picture -> tiles. Called from many threads, ahead of the model."""
@@ -171,7 +185,7 @@ class LlavaNextEmbedder(Embedder):
             for i, tiles in enumerate(prepared)
             for head, tail in prompts
         )
-        x = self._embed_continued(rows, _WINDOW * len(views))
+        x = _unit(self._embed_continued(rows, _WINDOW * len(views)))
         return np.ascontiguousarray(x.reshape(len(prepared), len(views), self.dim).transpose(1, 0, 2))
 
     # what vectors say
@@ -227,16 +241,16 @@ class LlavaNextEmbedder(Embedder):
     # what comes out
 
     def _embed_plain(self, rows: Iterable[Row]) -> np.ndarray:
-        """Every row by itself, in one pass."""
+        """Every row by itself, in one pass; normalised."""
         vectors = [
             vector
             for window in windows(rows, _WINDOW)
             for vector in self.batches.run(window, lambda r: r.length, self._forward)
         ]
-        return np.stack(vectors) if vectors else np.empty((0, self.dim), np.float32)
+        return _unit(np.stack(vectors)) if vectors else np.empty((0, self.dim), np.float32)
 
     def _embed_continued(self, rows: Iterable[Continued], window: int, memory: PrefixMemory | None = None) -> np.ndarray:
-        """Rows that go on from pictures: in each window one pass over each picture, however many rows begin with it."""
+        """Rows that go on from pictures, not normalised: in each window one pass over each picture, however often it occurs."""
         vectors = [vector for some in windows(rows, window) for vector in self._go_on_from(some, memory)]
         return np.stack(vectors) if vectors else np.empty((0, self.dim), np.float32)
 
@@ -278,7 +292,7 @@ class LlavaNextEmbedder(Embedder):
             else:
                 head, tail = self.encoder.around_image(row.ids)
                 inputs.append(torch.cat((self._words(head), next(pictures), self._words(tail))))
-        return self._normalised(self.model.last_hidden(inputs))
+        return _floats(self.model.last_hidden(inputs))
 
     @torch.inference_mode()
     def _prefill(self, batch: Sequence[Beginning]) -> list[Tensor]:
@@ -288,15 +302,11 @@ class LlavaNextEmbedder(Embedder):
 
     @torch.inference_mode()
     def _go_on(self, tails: Sequence[list[int]], prefixes: Sequence[Tensor]) -> np.ndarray:
-        return self._normalised(self.model.last_hidden([self._words(ids) for ids in tails], prefixes))
+        return _floats(self.model.last_hidden([self._words(ids) for ids in tails], prefixes))
 
     def _words(self, ids: Sequence[int]) -> Tensor:
         words: Tensor = self.model.language_model.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
         return words
-
-    def _normalised(self, hidden: Tensor) -> np.ndarray:
-        out: np.ndarray = torch.nn.functional.normalize(hidden.float(), dim=-1).cpu().numpy()
-        return out
 
     def _features(self, pictures: list[Tiles]) -> list[Tensor]:
         if not pictures:

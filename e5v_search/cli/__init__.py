@@ -19,6 +19,7 @@ from e5v_search.cli.ask import ask, compare, explain
 from e5v_search.cli.doctor import doctor
 from e5v_search.cli.duplicates import duplicates
 from e5v_search.cli.embed import embed
+from e5v_search.cli.eval import evaluate
 from e5v_search.cli.index import index
 from e5v_search.cli.manage import forget, rebuild, status, verify
 from e5v_search.cli.map import map_command
@@ -95,6 +96,7 @@ for _command in (
     export,
     import_,
     embed,
+    evaluate,
     models,
     doctor,
 ):

@@ -1,0 +1,187 @@
+"""Every data set by name: where it is read from, and the protocol it is measured by."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from e5v_search.embedder import Embedder
+from e5v_search.errors import UsageError
+from e5v_search.evaluation import protocols, read_captioned, read_composed, read_hub, read_sts
+from e5v_search.evaluation.bootstrap import intervals
+from e5v_search.evaluation.metrics import Outcome
+from e5v_search.evaluation.records import Captioned, Composed, Data, Loaded, Missing, Rating, absent
+from e5v_search.evaluation.report import Report
+from e5v_search.evaluation.submission import write_submissions
+from e5v_search.evaluation.vectors import Vectors
+from e5v_search.prompts import load_prompts
+
+# (outcome, what was used of the data), from (data, vectors, missing, prompts)
+Protocol = Callable[[Any, Vectors, Missing, str], tuple[Outcome, Data]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`prompts` None: a set for each part, which the protocol knows."""
+
+    summary: str
+    local: Callable[[Path], Loaded]
+    hub: Callable[[], Loaded] | None
+    protocol: str
+    measure: Protocol | None  # None: CIRR's test split, whose targets are secret
+    prompts: str | None = "retrieval"
+
+
+_RETRIEVAL = "text-image retrieval, both ways"
+_RENDERED = "image-image retrieval, captions drawn"
+_COMPOSED = "composed image retrieval"
+_rendered = partial(protocols.captioned, rendered=True)
+
+DATASETS: dict[str, Dataset] = {
+    "flickr30k": Dataset(
+        "Flickr30K's 1,000 test pictures", read_captioned.flickr30k, read_hub.flickr30k, _RETRIEVAL, protocols.captioned
+    ),
+    "coco": Dataset("COCO's 5,000 test pictures", read_captioned.coco, read_hub.coco, _RETRIEVAL, protocols.captioned),
+    "i2i-flickr30k": Dataset(
+        "the same, captions drawn as pictures", read_captioned.flickr30k, read_hub.flickr30k, _RENDERED, _rendered
+    ),
+    "i2i-coco": Dataset("the same, captions drawn as pictures", read_captioned.coco, read_hub.coco, _RENDERED, _rendered),
+    "cirr": Dataset("CIRR's validation split", read_composed.cirr, read_hub.cirr, _COMPOSED, protocols.cirr, "cirr"),
+    "cirr-test": Dataset(
+        "CIRR's test split: files for its server",
+        partial(read_composed.cirr, split="test1"),
+        partial(read_hub.cirr, "test"),
+        _COMPOSED,
+        None,
+        "cirr",
+    ),
+    "fashioniq": Dataset(
+        "FashionIQ's validation split", read_composed.fashioniq, read_hub.fashioniq, _COMPOSED, protocols.fashioniq, None
+    ),
+    "sts": Dataset(
+        "seven tasks of rated sentence pairs", read_sts.sts, None, "semantic textual similarity", protocols.sts, "sts"
+    ),
+    "flickr8k": Dataset("Flickr8k's 1,000 test pictures", read_captioned.flickr8k, None, _RETRIEVAL, protocols.captioned),
+    "coco-mini": Dataset("a hundred pictures of COCO", read_captioned.coco_mini, None, _RETRIEVAL, protocols.captioned),
+    "folder": Dataset("your photos with a captions file", read_captioned.folder, None, _RETRIEVAL, protocols.captioned),
+}
+
+
+def check(name: str, data: Path | None, prompts: str | None, out: Path | None) -> None:
+    """What can be refused before a model is loaded. Raises UsageError."""
+    dataset = DATASETS[name]
+    if data is None and dataset.hub is None:
+        raise UsageError(f"{name} is not on the model hub: give the folder that it lies in with --data")
+    if dataset.measure is None and out is None:
+        raise UsageError(f"{name} writes files for CIRR's server beside the report: say where with --out FILE.json")
+    if prompts is not None:
+        chosen = load_prompts(prompts)
+        for kind in {_RETRIEVAL: ("text", "image"), _RENDERED: ("image",), _COMPOSED: ("image", "composed")}.get(
+            dataset.protocol, ("text",)
+        ):
+            chosen.get(kind)
+
+
+def read(name: str, data: Path | None, limit: int | None = None, allow_missing: bool = False) -> Loaded:
+    """The data set from the folder `data`, else from the hub; of it the first `limit` pictures, queries or pairs a task.
+
+    Raises DataError for pictures that are not there, unless they may be missing: before anything is embedded.
+    """
+    dataset = DATASETS[name]
+    if data is not None:
+        loaded = dataset.local(data.expanduser())
+    elif dataset.hub is not None:
+        loaded = dataset.hub()
+    else:
+        raise UsageError(f"{name} is not on the model hub: give the folder that it lies in with --data")
+    if limit is not None:
+        loaded = replace(loaded, data=_first(loaded.data, limit))
+    for part in loaded.data.values() if isinstance(loaded.data, Mapping) else [loaded.data]:
+        if not isinstance(part, Rating):
+            Missing(allow_missing).add(part.gallery, absent(part.gallery))
+    return loaded
+
+
+def _first(data: Data, n: int) -> Data:
+    return {name: part.first(n) for name, part in data.items()} if isinstance(data, Mapping) else data.first(n)
+
+
+def evaluate(
+    name: str,
+    loaded: Loaded,
+    embedder: Embedder,
+    cache: Path,
+    *,
+    prompts: str | None = None,
+    allow_missing: bool = False,
+    limit: int | None = None,
+    out: Path | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Measure `embedder` on data that `read` gave, by the paper's protocol, with vectors kept in the folder `cache`.
+
+    `prompts` replaces the protocol's own set; `out` is where the report will be, beside which CIRR's files are put.
+    Raises DataError for missing pictures unless allowed.
+    """
+    dataset = DATASETS[name]
+    start = time.monotonic()
+    vectors, missing = Vectors(embedder, cache, on_progress), Missing(allow_missing)
+    chosen: Any = prompts or dataset.prompts
+    submissions: tuple[str, ...] = ()
+    used: Data
+    if dataset.measure is None:
+        if out is None or not isinstance(loaded.data, Composed):
+            raise UsageError(f"{name} writes files for CIRR's server beside the report: say where with --out FILE.json")
+        files, used = protocols.cirr_submission(loaded.data, vectors, missing, chosen)
+        outcome = Outcome({})
+        whole = limit is None and not missing.reasons
+        submissions = write_submissions(files, out, [q.key for q in loaded.data.queries] if whole else None)
+    else:
+        outcome, used = dataset.measure(loaded.data, vectors, missing, chosen)
+    queries, gallery = _sizes(used)
+    shown = str(chosen or "fashioniq")
+    return Report(
+        dataset=name,
+        model=embedder.name,
+        fingerprint=str(embedder.made_by.with_prompts(shown)),
+        protocol=dataset.protocol,
+        outcome=outcome,
+        metrics=outcome.metrics(),
+        intervals=intervals(outcome),
+        queries=queries,
+        gallery=gallery,
+        seconds=time.monotonic() - start,
+        prompts=shown,
+        source=loaded.source,
+        revision=loaded.revision,
+        questions=Loaded(used, "", "").questions,
+        versions=_versions(),
+        embedded=vectors.embedded,
+        notes=loaded.notes,
+        missing=missing.reasons or None,
+        limit=limit,
+        submissions=submissions,
+    )
+
+
+def _sizes(data: Data) -> tuple[int, int | None]:
+    if isinstance(data, Captioned):
+        return len(data.captions), len(data.gallery)
+    if isinstance(data, Rating):
+        return sum(map(len, data.tasks.values())), None
+    parts = [data] if isinstance(data, Composed) else list(data.values())
+    return sum(len(part.queries) for part in parts), sum(len(part.gallery) for part in parts)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("e5v-search", "numpy", "pillow", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
