@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from e5v_search import media
-from e5v_search.embedder import Embedder, Fingerprint, Picture
+from e5v_search.embedder import Embedder, Fingerprint, Picture, Word
 
 
 class Literal(Embedder):
@@ -46,6 +46,12 @@ class Literal(Embedder):
 
     def embed_views(self, prepared: Sequence[Any], views: Sequence[str]) -> np.ndarray:
         return np.stack([self.embed_prepared(prepared, view) for view in views])
+
+    def nearest_words(self, x: np.ndarray, k: int = 10) -> list[list[Word]]:
+        return [[] for _ in x]
+
+    def shared_words(self, a: np.ndarray, b: np.ndarray, k: int = 10) -> list[Word]:
+        return []
 
     def _seen(self, image: Image.Image) -> np.ndarray:
         if (drawn := self.pages.get(image.tobytes())) is not None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from e5v_search import media
-from e5v_search.embedder import Embedder
-from e5v_search.errors import MediaError, ModelError, TextTooLong
+from e5v_search.embedder import Embedder, embed_each
+from e5v_search.errors import MediaError, ModelError
 from e5v_search.evaluation.cache import VectorFile
 from e5v_search.evaluation.records import Source
 from e5v_search.parallel import ahead, windows
@@ -86,12 +86,11 @@ class Vectors:
         return self._stacked(keys, self._made("composed", prompts, keys, make, "" if normalise else "raw"))
 
     def _texts(self, texts: Sequence[str], prompts: str) -> np.ndarray:
-        try:
-            return self.embedder.embed_texts(texts, prompts)
-        except TextTooLong as error:
-            if len(texts) == 1:
-                raise TextTooLong(f"{texts[0][:60]!r}…: {error}") from error
-            return np.concatenate([self._texts([text], prompts) for text in texts])
+        vectors = embed_each(texts, lambda some: self.embedder.embed_texts(some, prompts))
+        for text, vector in zip(texts, vectors, strict=True):
+            if isinstance(vector, Exception):
+                raise type(vector)(f"{text[:60]!r}…: {vector}") from vector
+        return np.stack([vector for vector in vectors if not isinstance(vector, Exception)])
 
     def _made(
         self,
