@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from command_line import follow_and_stop, write_opener
@@ -112,3 +113,15 @@ def test_toml_of_the_pages_is_a_prompt_set(tmp_path: Path) -> None:
     path.write_text(block)
     prompts = load_prompts(path)
     assert (prompts.text, prompts.composed) == (PROMPT_SETS["retrieval"].text, PROMPT_SETS["cirr"].composed)
+
+
+def test_every_option_is_shown_in_the_pages() -> None:
+    words: dict[str, set[str]] = {}
+    for page in PAGES:
+        for line in commands(page):
+            _, name, *rest = [*shlex.split(re.split(r"\s[|>]\s", line)[0], comments=True), ""]
+            words.setdefault(name, set()).update(rest)
+    for name, command in cli.commands.items():
+        for option in command.params:
+            if isinstance(option, click.Option) and not {"--debug", "--quantize"} & set(option.opts):
+                assert words[name] & set(option.opts), f"no page shows {name} {option.opts[0]}"
