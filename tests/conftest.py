@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -10,6 +11,10 @@ from hypothesis import settings
 
 settings.register_profile("project", deadline=None)  # a busy machine is no failure: tests assert no times
 settings.load_profile("project")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # as in a background job: what tests start would inherit it, and Ctrl-C could not be tried
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _DAC_OVERRIDE, _DAC_READ_SEARCH = 1 << 1, 1 << 2  # capabilities(7): what lets root pass over file permissions
 
