@@ -11,9 +11,10 @@ from test_evaluation_metrics import plain_ranks
 
 from e5v_search.backbones import Embedder
 from e5v_search.cli.eval import NAMES
-from e5v_search.evaluation import suite
+from e5v_search.evaluation import read_composed, suite
 from e5v_search.evaluation.paper import OURS, baselines, summary
 from e5v_search.evaluation.records import Composed
+from e5v_search.render import render
 
 SAMPLES = sorted((Path(__file__).parent.parent / "e5v_search/samples").glob("*.jpg"))
 SHARED = Path(__file__).parent.parent.parent / "shared/data"
@@ -137,6 +138,7 @@ def test_missing_photos(folder: Path, tmp_path: Path) -> None:
     ("words", "line"),
     [
         (["sts"], "sts is not on the model hub: give the folder that it lies in with --data"),
+        (["scenes", "--data", "."], "scenes are drawn and need no --data"),
         (["cirr-test", "--data", "."], "say where with --out FILE.json"),
         (["folder", "--data", "nowhere"], "nowhere is not a folder"),
         (["folder", "--data", "."], "has no file of captions"),
@@ -235,3 +237,32 @@ def test_submission_for_the_real_split(tmp_path: Path) -> None:
     written = write_submissions(files, tmp_path / "x.json", [q.key for q in data.queries])
     assert all(Path(path).stat().st_size < 5_000_000 for path in written)
     assert not any(names[q.reference] in recall[q.key] for q in data.queries)
+
+
+def write_pictures(data: Composed, folder: Path, suffix: str) -> None:
+    """Each picture that the data speak of, as its name drawn small."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in data.gallery:
+        render(source.name).resize((80, 40)).save(folder / f"{source.name}{suffix}")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data beside the project")
+def test_real_annotations_with_drawn_pictures(tmp_path: Path) -> None:
+    """The releases' own files, with pictures for the first queries alone: `--limit` must need no others."""
+    for name in ("cirr", "fashioniq"):
+        shutil.copytree(SHARED / name, tmp_path / name)
+    whole = read_composed.cirr(tmp_path).data
+    fashion = read_composed.fashioniq(tmp_path).data
+    assert isinstance(whole, Composed)
+    assert isinstance(fashion, dict)
+    some = whole.first(3)
+    write_pictures(some, tmp_path / "cirr/img_raw/dev", ".png")
+    for part in fashion.values():
+        write_pictures(part.first(2), tmp_path / "fashioniq/images", ".jpg")
+    found = json.loads(run("eval", "cirr", "--data", tmp_path, "--limit", "3", "--json").stdout)
+    assert (found["queries"], found["gallery"]) == (3, len(some.gallery))
+    assert {"r@1", "subset_r@3"} <= found["metrics"].keys()
+    found = json.loads(run("eval", "fashioniq", "--data", tmp_path, "--limit", "2", "--json").stdout)
+    assert found["queries"] == 6
+    assert found["metrics"]["average_r@50"] == 100
+    assert "no such file" in refused(3, "eval", "cirr", "--data", tmp_path, "--limit", "9", "--model", "e5v-tiny")

@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from literal import Literal
 from PIL import Image
 
+from e5v_search.backbones import Embedder
 from e5v_search.errors import DataError
 from e5v_search.evaluation import protocols
+from e5v_search.evaluation.made_scenes import scenes, shared
 from e5v_search.evaluation.metrics import Ranked, Rated
 from e5v_search.evaluation.protocols import captioned, cirr, cirr_submission, fashion_text, fashioniq, sts, sts_sentence
-from e5v_search.evaluation.records import Caption, Captioned, Change, Composed, Drawn, Missing, Pair, PhotoFile, Rating
+from e5v_search.evaluation.records import Caption, Captioned, Change, Composed, Drawn, Missing, Pair, PhotoFile, Rating, Scenes
 from e5v_search.evaluation.submission import QUERIES, problems, write_submissions
 from e5v_search.evaluation.vectors import Vectors
 from e5v_search.render import render
+from e5v_search.scenes import Group, Scene
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -294,3 +297,37 @@ def test_sts_sentences_end_as_they_must(text: str) -> None:
 def test_protocol_names_its_numbers() -> None:
     assert protocols.CIRR_KS == (1, 5, 10, 50)
     assert protocols.FASHION_KS == (10, 50)
+
+
+def test_scenes_are_the_same_everywhere_and_all_differ() -> None:
+    first, again, other = scenes(12), scenes(12), scenes(12, "another")
+    assert first.questions == again.questions != other.questions
+    assert isinstance(first.data, Scenes)
+    assert isinstance(again.data, Scenes)
+    gallery = [source.content() for source in first.data.composed.gallery]
+    assert gallery == [source.content() for source in again.data.composed.gallery]
+    assert len(set(gallery)) == len(gallery) == 24
+    assert gallery[:12] == [source.content() for source in first.data.captioned.gallery]
+    assert [(q.reference, q.target) for q in first.data.composed.queries] == [(i, 12 + i) for i in range(12)]
+
+
+def test_rated_captions() -> None:
+    a, b = Group("circle", "red"), Group("square", "blue")
+    scene = Scene((a, b), "white", "left")
+    assert shared(scene, Scene((b, a), "white", "right")) == 5  # the same in other words
+    # background, six things said of two shapes, a place: eight, of which colour and place change
+    blue = Scene((Group("circle", "blue"), b), "white", "left")
+    assert shared(scene, blue) == 5 * 6 / 10
+    assert shared(scene, Scene((Group("star", "pink", 3),), "brown")) == 0
+
+
+def test_scenes_have_all_four_types_of_task(tmp_path: Path) -> None:
+    loaded = scenes(6)
+    assert isinstance(loaded.data, Scenes)
+    vectors = Vectors(Embedder.load("e5v-tiny", device="cpu"), tmp_path)
+    outcome, _ = protocols.scenes(loaded.data, vectors, Missing(False))
+    assert list(outcome.parts) == ["t2i", "i2t", "rendered_t2i", "rendered_i2t", "composed", "sts"]
+    metrics = outcome.metrics()
+    assert {"t2i_r@1", "rendered_i2t_r@10", "composed_r@1", "sts"} <= metrics.keys()
+    assert metrics["t2i_r@1"] > 100 / 6  # it was trained on such scenes
+    assert metrics["composed_r@5"] > 100 * 5 / 11

@@ -11,7 +11,7 @@ import click
 from e5v_search.cli.options import debug_option, examples, json_option, model_options, quiet_option
 from e5v_search.cli.printing import count, print_json, printable
 from e5v_search.cli.progress import Progress
-from e5v_search.errors import E5VError
+from e5v_search.errors import E5VError, UsageError
 
 if TYPE_CHECKING:
     from e5v_search.evaluation.bootstrap import Difference
@@ -29,6 +29,7 @@ NAMES = (
     "sts",
     "flickr8k",
     "coco-mini",
+    "scenes",
     "folder",
 )
 
@@ -43,6 +44,7 @@ _LISTED = 20  # pictures left out, on stderr
         "e5v-search eval folder --data photos --limit 2 --out first.json --json",
         "e5v-search eval folder --data photos --prompts last,prompt,retrieval --out prompts.json",
         "e5v-search eval folder --data photos --limit 2 --prompts prompt --out second.json --markdown",
+        "e5v-search eval scenes --limit 10 --model e5v-tiny",
         "e5v-search eval --compare first.json second.json",
         "e5v-search eval folder --data photos --allow-missing --cache vectors --model e5v-tiny --device cpu --dtype float32 -q",
     ),
@@ -97,8 +99,8 @@ def evaluate(
     """Measure a model by the protocols of the paper.
 
     DATASET is flickr30k, coco, i2i-flickr30k, i2i-coco (captions drawn as pictures), cirr, cirr-test (files for CIRR's
-    server), fashioniq, sts, flickr8k, coco-mini, or folder: your photos with captions.csv, .jsonl, .tsv or .txt
-    (file, tab, caption) beside them.
+    server), fashioniq, sts, flickr8k, coco-mini, scenes (drawn shapes, all types of task), or folder: your photos with
+    captions.csv, .jsonl, .tsv or .txt (file, tab, caption) beside them.
     """
     if as_json and as_markdown:
         raise click.UsageError("--json and --markdown exclude each other")
@@ -113,7 +115,9 @@ def evaluate(
 
     sets = prompts.split(",") if prompts else [None]
     for name in sets:
-        suite.check(dataset, data, name, out)
+        suite.check(dataset, data, name)
+    if suite.DATASETS[dataset].measure is None and out is None:
+        raise UsageError(f"{dataset} writes files for CIRR's server beside the report: say where with --out FILE.json")
     loaded = suite.read(dataset, data, limit, allow_missing)
     from e5v_search.backbones import Embedder
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from e5v_search.evaluation.metrics import Outcome, Part, Ranked, Rated
 from e5v_search.evaluation.ranks import positive_ranks, top
-from e5v_search.evaluation.records import Captioned, Change, Composed, Drawn, Missing, Rating, absent
+from e5v_search.evaluation.records import Captioned, Change, Composed, Drawn, Missing, Rating, Scenes, absent
 from e5v_search.evaluation.vectors import Vectors
 from e5v_search.render import render
 
@@ -117,6 +117,22 @@ def sts(data: Rating, vectors: Vectors, missing: Missing, prompts: str = "sts") 
         a, b = (vectors.texts([sts_sentence(text) for text in side], prompts) for side in sides)
         parts[task] = Rated((a * b).sum(axis=1), np.array([pair.gold for pair in pairs]))
     return Outcome(parts, {"average": tuple(parts)}), data
+
+
+def scenes(data: Scenes, vectors: Vectors, missing: Missing, prompts: str | None = None) -> tuple[Outcome, Scenes]:
+    """The four protocols on drawn pictures: text-image ("t2i", "i2t"), the same with drawn captions ("rendered_..."), composed
+    by CIRR's rules, and STS. Without `prompts` each has its own set."""
+    plain, _ = captioned(data.captioned, vectors, missing, prompts or "retrieval")
+    drawn, _ = captioned(data.captioned, vectors, missing, prompts or "retrieval", rendered=True)
+    changed, _ = cirr(data.composed, vectors, missing, prompts or "cirr")
+    rated, _ = sts(data.rating, vectors, missing, prompts or "sts")
+    parts = {
+        **plain.parts,
+        **{f"rendered_{name}": part for name, part in drawn.parts.items()},
+        "composed": changed.parts[""],
+        **rated.parts,
+    }
+    return Outcome(parts), data
 
 
 def sts_sentence(sentence: str) -> str:

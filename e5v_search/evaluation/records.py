@@ -176,7 +176,23 @@ class Rating:
         return _digest(*(f"{name} {p.a} {p.b} {p.gold}" for name, pairs in self.tasks.items() for p in pairs))
 
 
-Data = Captioned | Composed | Mapping[str, Composed] | Rating
+@dataclass(frozen=True)
+class Scenes:
+    """All four types of task over one set of drawn pictures."""
+
+    captioned: Captioned
+    composed: Composed
+    rating: Rating
+
+    def first(self, n: int) -> Self:
+        return type(self)(self.captioned.first(n), self.composed.first(n), self.rating.first(n))
+
+    @property
+    def questions(self) -> str:
+        return _digest(self.captioned.questions, self.composed.questions, self.rating.questions)
+
+
+Data = Captioned | Composed | Mapping[str, Composed] | Rating | Scenes
 
 
 @dataclass

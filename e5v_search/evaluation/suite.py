@@ -11,10 +11,10 @@ from typing import Any
 
 from e5v_search.embedder import Embedder
 from e5v_search.errors import UsageError
-from e5v_search.evaluation import protocols, read_captioned, read_composed, read_hub, read_sts
+from e5v_search.evaluation import made_scenes, protocols, read_captioned, read_composed, read_hub, read_sts
 from e5v_search.evaluation.bootstrap import intervals
 from e5v_search.evaluation.metrics import Outcome
-from e5v_search.evaluation.records import Captioned, Composed, Data, Loaded, Missing, Rating, absent
+from e5v_search.evaluation.records import Captioned, Composed, Data, Loaded, Missing, Rating, Scenes, absent
 from e5v_search.evaluation.report import Report
 from e5v_search.evaluation.submission import write_submissions
 from e5v_search.evaluation.vectors import Vectors
@@ -26,11 +26,11 @@ Protocol = Callable[[Any, Vectors, Missing, str], tuple[Outcome, Data]]
 
 @dataclass(frozen=True)
 class Dataset:
-    """`prompts` None: a set for each part, which the protocol knows."""
+    """`prompts` None: a set for each part, which the protocol knows. `elsewhere`: from the hub, or drawn here."""
 
     summary: str
-    local: Callable[[Path], Loaded]
-    hub: Callable[[], Loaded] | None
+    local: Callable[[Path], Loaded] | None
+    elsewhere: Callable[[], Loaded] | None
     protocol: str
     measure: Protocol | None  # None: CIRR's test split, whose targets are secret
     prompts: str | None = "retrieval"
@@ -39,6 +39,13 @@ class Dataset:
 _RETRIEVAL = "text-image retrieval, both ways"
 _RENDERED = "image-image retrieval, captions drawn"
 _COMPOSED = "composed image retrieval"
+_ALL = "retrieval, composed retrieval and similarity of drawn scenes"
+_KINDS = {  # of prompts
+    _RETRIEVAL: ("text", "image"),
+    _RENDERED: ("image",),
+    _COMPOSED: ("image", "composed"),
+    _ALL: ("text", "image", "composed"),
+}
 _rendered = partial(protocols.captioned, rendered=True)
 
 DATASETS: dict[str, Dataset] = {
@@ -67,22 +74,21 @@ DATASETS: dict[str, Dataset] = {
     ),
     "flickr8k": Dataset("Flickr8k's 1,000 test pictures", read_captioned.flickr8k, None, _RETRIEVAL, protocols.captioned),
     "coco-mini": Dataset("a hundred pictures of COCO", read_captioned.coco_mini, None, _RETRIEVAL, protocols.captioned),
+    "scenes": Dataset("drawn shapes, all types of task", None, made_scenes.scenes, _ALL, protocols.scenes, None),
     "folder": Dataset("your photos with a captions file", read_captioned.folder, None, _RETRIEVAL, protocols.captioned),
 }
 
 
-def check(name: str, data: Path | None, prompts: str | None, out: Path | None) -> None:
+def check(name: str, data: Path | None, prompts: str | None = None) -> None:
     """What can be refused before a model is loaded. Raises UsageError."""
     dataset = DATASETS[name]
-    if data is None and dataset.hub is None:
+    if data is not None and dataset.local is None:
+        raise UsageError(f"{name} are drawn and need no --data")
+    if data is None and dataset.elsewhere is None:
         raise UsageError(f"{name} is not on the model hub: give the folder that it lies in with --data")
-    if dataset.measure is None and out is None:
-        raise UsageError(f"{name} writes files for CIRR's server beside the report: say where with --out FILE.json")
     if prompts is not None:
         chosen = load_prompts(prompts)
-        for kind in {_RETRIEVAL: ("text", "image"), _RENDERED: ("image",), _COMPOSED: ("image", "composed")}.get(
-            dataset.protocol, ("text",)
-        ):
+        for kind in _KINDS.get(dataset.protocol, ("text",)):
             chosen.get(kind)
 
 
@@ -92,16 +98,15 @@ def read(name: str, data: Path | None, limit: int | None = None, allow_missing: 
     Raises DataError for pictures that are not there, unless they may be missing: before anything is embedded.
     """
     dataset = DATASETS[name]
-    if data is not None:
+    check(name, data)
+    if data is not None and dataset.local is not None:
         loaded = dataset.local(data.expanduser())
-    elif dataset.hub is not None:
-        loaded = dataset.hub()
-    else:
-        raise UsageError(f"{name} is not on the model hub: give the folder that it lies in with --data")
+    elif dataset.elsewhere is not None:
+        loaded = dataset.elsewhere()
     if limit is not None:
         loaded = replace(loaded, data=_first(loaded.data, limit))
     for part in loaded.data.values() if isinstance(loaded.data, Mapping) else [loaded.data]:
-        if not isinstance(part, Rating):
+        if isinstance(part, Captioned | Composed):
             Missing(allow_missing).add(part.gallery, absent(part.gallery))
     return loaded
 
@@ -143,7 +148,7 @@ def evaluate(
     else:
         outcome, used = dataset.measure(loaded.data, vectors, missing, chosen)
     queries, gallery = _sizes(used)
-    shown = str(chosen or "fashioniq")
+    shown = str(chosen or name)
     return Report(
         dataset=name,
         model=embedder.name,
@@ -173,6 +178,8 @@ def _sizes(data: Data) -> tuple[int, int | None]:
         return len(data.captions), len(data.gallery)
     if isinstance(data, Rating):
         return sum(map(len, data.tasks.values())), None
+    if isinstance(data, Scenes):
+        return sum(_sizes(part)[0] for part in (data.captioned, data.composed, data.rating)), len(data.composed.gallery)
     parts = [data] if isinstance(data, Composed) else list(data.values())
     return sum(len(part.queries) for part in parts), sum(len(part.gallery) for part in parts)
 

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from e5v_search.backbones.tiles import Tiles, TileSpec, cut
+from e5v_search.scenes import draw, random_change, random_scene
 from e5v_search.training.data import Photos, Triplet
 from e5v_search.training.recipe import Recipe, Stage
-from e5v_search.training.scenes import draw, random_change, random_scene
 
 Pictures = Tensor | list[Tiles]  # base tiles (n, 3, tile, tile) uint8, or the full layout
 

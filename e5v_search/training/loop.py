@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.errors import ModelError
 from e5v_search.parallel import ahead
+from e5v_search.scenes import random_change, random_scene
 from e5v_search.training.batches import Batch, Batches
 from e5v_search.training.data import Photos, Triplet, caption_corpus, load_photos, read_triplets
 from e5v_search.training.encode import BatchEncoder
@@ -25,7 +26,6 @@ from e5v_search.training.measure import RunEmbedder, photo_recalls, scene_recall
 from e5v_search.training.muon import Muon
 from e5v_search.training.objective import Objective
 from e5v_search.training.recipe import Optimiser, Recipe, Stage
-from e5v_search.training.scenes import random_change, random_scene
 from e5v_search.training.state import load_state, save_state
 from e5v_search.training.tokenizer import IMAGE, train_tokenizer
 

@@ -21,9 +21,11 @@ from e5v_search.backbones.llava_next import LlavaNextEmbedder
 from e5v_search.backbones.tiles import TileSpec, cut
 from e5v_search.embedder import Picture
 from e5v_search.errors import E5VError
+from e5v_search.evaluation.metrics import Ranked, spearman
+from e5v_search.evaluation.ranks import Items, score_ranks
+from e5v_search.scenes import draw, random_change, random_scene
 from e5v_search.training.data import Photos, load_photos
 from e5v_search.training.encode import BatchEncoder
-from e5v_search.training.scenes import draw, random_change, random_scene
 
 _BATCH = 64
 
@@ -71,10 +73,12 @@ class RunEmbedder:
         return self.encoder.base_features(torch.from_numpy(np.stack(small)))
 
 
-def recalls(scores: np.ndarray, right: Sequence[set[int]], ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
-    """Share of queries with one of their right items among the k best; scores (queries, items)."""
-    best = np.argsort(-scores, axis=1, kind="stable")[:, : max(ks)].tolist()
-    return {k: float(np.mean([bool(some.intersection(row[:k])) for some, row in zip(right, best, strict=True)])) for k in ks}
+def recalls(
+    scores: np.ndarray, right: Sequence[set[int]], ks: Sequence[int] = (1, 5, 10), masked: Items | None = None
+) -> dict[int, float]:
+    """Share of queries with one of their right items among the k best, without those masked; scores (queries, items)."""
+    part = Ranked(score_ranks(scores, [tuple(some) for some in right], masked), tuple(ks), recalls_only=True)
+    return {k: value / 100 for k, value in zip(ks, part.values(np.ones(part.n)).values(), strict=True)}
 
 
 def photo_recalls(embedder: Embeds, photos: Photos, captions: int = 5) -> dict[str, float]:
@@ -110,12 +114,11 @@ def scene_recalls(embedder: Embeds, n: int, seed: str = "held out") -> dict[str,
     composed = embedder.embed_composed([(picture, text) for picture, (text, _) in zip(drawn[:n], changes, strict=True)])
     right = [showing[after.facts] for _, after in changes]
     scores = composed @ pictures.T
-    with_reference = recalls(scores, right, (1,))[1]
-    scores[np.arange(len(before)), np.arange(len(before))] = -np.inf
+    references = [(i,) for i in range(len(before))]
     return {
         "scene_t2i_r1": recalls(texts @ pictures[: len(before)].T, [{i} for i in range(len(before))], (1,))[1],
-        "scene_composed_r1": recalls(scores, right, (1,))[1],
-        "scene_composed_r1_with_reference": with_reference,
+        "scene_composed_r1": recalls(scores, right, (1,), references)[1],
+        "scene_composed_r1_with_reference": recalls(scores, right, (1,))[1],
     }
 
 
@@ -125,14 +128,7 @@ def sts_spearman(embedder: Embeds, path: Path) -> float:
         rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if len(row) >= 7]
     a, b = (embedder.embed_texts([row[i] for row in rows], "sts") for i in (5, 6))
     gold = np.array([float(row[4]) for row in rows])
-    return float(np.corrcoef(_ranks((a * b).sum(axis=1)), _ranks(gold))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks with ties at their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    means: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return means
+    return spearman((a * b).sum(axis=1), gold)
 
 
 def sts_file(data: Path, split: str) -> Path:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import label
 
-from e5v_search.training.scenes import (
+from e5v_search.scenes import (
     BACKGROUNDS,
     COLOURS,
     COUNTS,
