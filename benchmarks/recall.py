@@ -25,16 +25,20 @@ QUERIES = 1_000  # of the large gallery
 
 
 def vectors(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
-    x = rng.standard_normal((n, d), dtype=np.float32)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    """Rows of length 1, made block by block: the largest memory must be that of the metrics."""
+    x = np.empty((n, d), np.float32)
+    for block in (x[i : i + 10_000] for i in range(0, n, 10_000)):
+        rng.standard_normal(out=block, dtype=np.float32)
+        block /= np.linalg.norm(block, axis=1, keepdims=True)
     return x
 
 
 def near(rng: np.random.Generator, x: np.ndarray, noise: float) -> np.ndarray:
     """Rows around those of x, in place."""
     for i in range(0, len(x), 1_000):
-        x[i : i + 1_000] += vectors(rng, len(x[i : i + 1_000]), x.shape[1]) * noise
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
+        block = x[i : i + 1_000]
+        block += vectors(rng, len(block), x.shape[1]) * noise
+        block /= np.linalg.norm(block, axis=1, keepdims=True)
     return x
 
 
