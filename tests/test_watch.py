@@ -436,8 +436,11 @@ def test_without_notices_the_folders_are_looked_through(
         assert (report.added, report.failed) == (1, [])
         (tmp_path / "photos/a.jpg").unlink()
         (tmp_path / "photos/c.jpg").write_bytes(data[:300])
-        assert next(reports).removed == 1
-        assert [os.path.basename(f.path) for f in next(reports).failed] == ["c.jpg"]  # once it has had its time
+        report = next(reports)
+        assert report.removed == 1
+        # once it has had its time, which on a busy machine may be the same look
+        failed = report.failed or next(reports).failed
+        assert [os.path.basename(f.path) for f in failed] == ["c.jpg"]
         assert len(notes) == 1
         assert "sudo sysctl fs.inotify.max_user_watches" in notes[0]
 
