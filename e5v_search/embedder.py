@@ -91,8 +91,8 @@ class Embedder(Protocol):
         """What embeddings (n, dim) say in the model's own words: for each the k nearest, best first."""
 
     @abstractmethod
-    def shared_words(self, a: np.ndarray, b: np.ndarray, k: int = 10) -> list[Word]:
-        """The words that two embeddings (dim,) say both; a score is the smaller of the two cosines."""
+    def shared_words(self, a: np.ndarray, x: np.ndarray, k: int = 10) -> list[list[Word]]:
+        """For each embedding of x (n, dim) the words that it shares with a (dim,), by the smaller of the two cosines."""
 
 
 def embed_each(inputs: Sequence[T], embed: Callable[[list[T]], Iterable[R]]) -> list[R | TextTooLong | OutOfMemory]:

@@ -50,8 +50,8 @@ class Literal(Embedder):
     def nearest_words(self, x: np.ndarray, k: int = 10) -> list[list[Word]]:
         return [[] for _ in x]
 
-    def shared_words(self, a: np.ndarray, b: np.ndarray, k: int = 10) -> list[Word]:
-        return []
+    def shared_words(self, a: np.ndarray, x: np.ndarray, k: int = 10) -> list[list[Word]]:
+        return [[] for _ in x]
 
     def _seen(self, image: Image.Image) -> np.ndarray:
         if (drawn := self.pages.get(image.tobytes())) is not None:

@@ -1,6 +1,7 @@
 """Sums of queries, contrasts, comparisons and explanations, each against the plain formula over the model's own vectors."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -234,3 +235,19 @@ def test_items_of_every_kind_can_be_asked_with(mixed: Collection, model: Embedde
     )
     with pytest.raises(QueryError, match=f"item {text_id} is a text, no picture"):
         mixed.search(image=text_id, modify="in red")
+
+
+def test_what_has_no_vector_in_a_view_yet_is_found_by_its_other_one(model: Embedder, tmp_path: Path) -> None:
+    photos = [shutil.copy(path, tmp_path) for path in (CAT, COFFEE, RACCOON)]
+    [composed] = model.embed_composed([(CAT, "at night")])
+    with Collection.open(tmp_path / "c", model) as c:
+        c.ingest(photos)
+        (tmp_path / "coffee.jpg").rename(tmp_path / "away")  # cannot be looked at again
+        c.ingest([tmp_path / "cat.jpg", tmp_path / "raccoon.jpg"], views=["retrieval", "cirr"])
+        assert c.catalog.pending("cirr").tolist() == [id_of(c, Path(photos[1]))]
+        hits = c.search(image=CAT, modify="at night", keep_reference=True)
+        x = np.concatenate((model.embed_images([CAT, RACCOON], "cirr"), model.embed_images([COFFEE])))
+        names = ["cat.jpg", "raccoon.jpg", "coffee.jpg"]
+        assert [Path(hit.path or "").name for hit in hits] == [names[i] for i in np.argsort(-(x @ composed))]
+        np.testing.assert_allclose([hit.score for hit in hits], np.sort(x @ composed)[::-1], atol=2e-3)
+        assert c.search(image=CAT, modify="at night", where=["path=away.jpg"]) == []

@@ -164,16 +164,16 @@ def test_shared_words_are_near_to_both(seed: int, k: int) -> None:
     rng = np.random.default_rng(seed)
     tokenizer = byte_level()
     vocabulary = Vocabulary(torch.from_numpy(rng.standard_normal((tokenizer.get_vocab_size(), 4))), tokenizer)
-    a, b = rng.standard_normal((2, 4))
-    near = [{w.text: w.score for w in row} for row in vocabulary.nearest(np.stack((a, b)), 99)]
-    said = vocabulary.shared(a, b, k)
-    expected = {word: min(near[0][word], near[1][word]) for word in WORDS}
-    assert len(said) == min(k, len(WORDS))
-    for word in said:
-        assert word.score == pytest.approx(expected[word.text], abs=1e-6)
-    ranks = [(WORDS.index(word.text) >= vocabulary.whole, -word.score) for word in said]
-    assert ranks == sorted(ranks)
-    assert said == vocabulary.shared(b, a, k)
+    a, *x = rng.standard_normal((4, 4))
+    own, *near = [{w.text: w.score for w in row} for row in vocabulary.nearest(np.stack((a, *x)), 99)]
+    shared = vocabulary.shared(a, np.stack(x), k)
+    assert len(shared) == len(x)
+    for said, theirs in zip(shared, near, strict=True):
+        assert len(said) == min(k, len(WORDS))
+        for word in said:
+            assert word.score == pytest.approx(min(own[word.text], theirs[word.text]), abs=1e-6)
+        ranks = [(WORDS.index(word.text) >= vocabulary.whole, -word.score) for word in said]
+        assert ranks == sorted(ranks)
 
 
 def test_vectors_of_another_model_are_refused(folders: dict[str, Path]) -> None:
@@ -181,7 +181,7 @@ def test_vectors_of_another_model_are_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match=r"shape \(2, 63\) are not this model's: it makes \(n, 64\)"):
         vocabulary.nearest(np.ones((2, 63)))
     with pytest.raises(UsageError, match=r"it makes \(n, 64\)"):
-        vocabulary.shared(np.ones(64), np.ones(63))
+        vocabulary.shared(np.ones(64), np.ones((1, 63)))
     assert vocabulary.nearest(np.empty((0, 64))) == []
 
 
@@ -190,4 +190,4 @@ def test_the_bundled_model_says_what_is_in_a_sentence() -> None:
     x = embedder.embed_texts(["a football game", "a man rides a bike", "a red car", "they play football"])
     said = [[word.text for word in row] for row in embedder.nearest_words(x, 3)]
     assert ("football" in said[0], "bike" in said[1], "car" in said[2]) == (True, True, True)
-    assert "football" in [word.text for word in embedder.shared_words(x[0], x[3], 3)]
+    assert "football" in [word.text for word in embedder.shared_words(x[0], x[3:], 3)[0]]

@@ -197,8 +197,8 @@ class LlavaNextEmbedder(Embedder):
     def nearest_words(self, x: np.ndarray, k: int = 10) -> list[list[Word]]:
         return self.vocabulary.nearest(x, k)
 
-    def shared_words(self, a: np.ndarray, b: np.ndarray, k: int = 10) -> list[Word]:
-        return self.vocabulary.shared(a, b, k)
+    def shared_words(self, a: np.ndarray, x: np.ndarray, k: int = 10) -> list[list[Word]]:
+        return self.vocabulary.shared(a, x, k)
 
     # how it goes in
 

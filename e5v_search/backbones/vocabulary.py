@@ -59,10 +59,15 @@ class Vocabulary:
             self._best(scores, k) for i in range(0, len(unit), _VECTORS) for scores in self._cosines(unit[i : i + _VECTORS])
         ]
 
-    def shared(self, a: np.ndarray, b: np.ndarray, k: int = 10) -> list[Word]:
-        """The words near to both embeddings (dim,), by the smaller of the two cosines."""
-        both = torch.cat([self._unit(x[None]) for x in (a, b)])
-        return self._best(self._cosines(both).min(axis=0), k)
+    def shared(self, a: np.ndarray, x: np.ndarray, k: int = 10) -> list[list[Word]]:
+        """For each embedding of x (n, dim) the words near to it and to a (dim,), by the smaller of the two cosines."""
+        [own] = self._cosines(self._unit(a[None]))
+        unit = self._unit(x)
+        return [
+            self._best(np.minimum(own, scores), k)
+            for i in range(0, len(unit), _VECTORS)
+            for scores in self._cosines(unit[i : i + _VECTORS])
+        ]
 
     def _unit(self, x: np.ndarray) -> Tensor:
         dim = self.rows.shape[1]

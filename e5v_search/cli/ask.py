@@ -207,7 +207,7 @@ def explain(
     with _space(collection, ModelChoice(model, device, dtype, quantize)) as (space, _):
         x = space.vectors(parsed, prompts)
         embedder = space.embedder()
-        words = embedder.nearest_words(x, k)[0] if other is None else embedder.shared_words(x[0], x[1], k)
+        words = (embedder.nearest_words(x, k) if other is None else embedder.shared_words(x[0], x[1:], k))[0]
         fingerprint = space.fingerprint
     if as_json:
         shown = {"input": parsed[0].to_json(), "other": parsed[1].to_json() if other is not None else None}

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from e5v_search import backbones, filters, media
 from e5v_search.catalog import CATALOG, VIEW, Catalog, Put
 from e5v_search.collection import narrow
+from e5v_search.collection.chosen import stored
 from e5v_search.collection.indexes import Indexes
 from e5v_search.collection.ingest import Ingest
 from e5v_search.collection.report import Hit, Hits, Report, Stopwatch
@@ -358,7 +359,8 @@ class Collection:
             index, built = self._current_index(view)
             if built:
                 self._save_if_free(index, view)
-            if not index.ntotal:
+            total = sum(self.catalog.count().values())
+            if not total:
                 raise CollectionNotFound(
                     f"collection {self.path} is empty; fill it with: e5v-search index FOLDER -c {self.path}"
                 )
@@ -374,11 +376,15 @@ class Collection:
             excluded = set(reference) if query.composed and not keep_reference else set()
             D, ids = narrow.search(index, self.catalog, xq, k + len(reference), where)
             scores = dict(zip(ids.tolist(), D.tolist(), strict=True))
+            if index.ntotal < total:  # what has no vector in this view yet is not to be missing: its other one serves
+                pending = self.catalog.passing(self.catalog.pending(view), where)
+                more, others = self._current_index()[0].search(xq[None], k + len(reference), ids=pending)
+                scores |= dict(zip(others[0].tolist(), more[0].tolist(), strict=True))
             items = self.catalog.items(scores)
             # among equals, as copies of a photo are, the picture that was asked about comes first
             order = sorted((i for i in scores if i in items), key=lambda i: (-scores[i], i not in reference[:1]))
             found = [i for i in order if i not in excluded and (threshold is None or scores[i] >= threshold)][:k]
-        words = self._shared_words(found, xq, view) if explain else {}
+        words = self._shared_words(found, xq) if explain else {}
         # stored rows are of length 1 but for the rounding of half precision
         most = np.inf if query.signed else 1.0
         hits = [Hit.of(items[i], rank, min(scores[i], most), words.get(i)) for rank, i in enumerate(found, start=1)]
@@ -389,13 +395,10 @@ class Collection:
         prompts = query.prompts or (COMPOSED if query.composed else VIEW)
         return prompts if prompts in self.catalog.views else VIEW
 
-    def _shared_words(self, ids: Sequence[int], xq: np.ndarray, view: str) -> dict[int, list[str]]:
-        unit = xq / max(float(np.linalg.norm(xq)), 1e-12)
-        shared: dict[int, list[str]] = {}
-        for block, x in self.catalog.vectors(ids=ids, view=view):
-            for item_id, row in zip(block.tolist(), x.astype(np.float32), strict=True):
-                shared[item_id] = [word.text for word in self.embedder().shared_words(unit, row, _SHARED_WORDS)]
-        return shared
+    def _shared_words(self, found: Sequence[int], xq: np.ndarray) -> dict[int, list[str]]:
+        ids, x = stored(self.catalog, np.array(found, np.int64))
+        shared = self.embedder().shared_words(xq, x, _SHARED_WORDS)
+        return {i: [word.text for word in words] for i, words in zip(ids.tolist(), shared, strict=True)}
 
     def _save_if_free(self, index: Index, view: str) -> None:
         # a search repairs the index for the next one, but never waits or fails for it
