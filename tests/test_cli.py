@@ -584,6 +584,22 @@ def test_ask_goes_on_after_a_bad_picture(library: Path, tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1].endswith("photos/0000.jpg")
 
 
+def test_ask_that_finds_nothing_says_so(library: Path, tmp_path: Path) -> None:
+    question = ("ask", "--positive", "a dog", "--negative", "a cat")
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    assert run(*question, tmp_path / "bad.jpg").stderr.splitlines()[-1] == f"{tmp_path}/bad.jpg: the file is empty"
+    nothing = run(*question, "--where", "width>100000")
+    assert (nothing.exit_code, nothing.stdout, nothing.stderr.splitlines()[-1]) == (0, "", "nothing found")
+    assert (
+        len(
+            json.loads(run(*question, library / "photos/0000.jpg", library / "photos/0001.jpg", "-k", "1", "--json").stdout)[
+                "hits"
+            ]
+        )
+        == 1
+    )
+
+
 def test_ask_and_compare_need_no_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("E5V_HOME", str(tmp_path / "home"))
     [photo] = write_photos(tmp_path, 1)

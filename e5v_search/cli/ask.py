@@ -102,10 +102,13 @@ def ask(
         else:
             raise click.UsageError("there is no collection to ask: name the images, or index some")
     print_failures(failed)
+    del hits[k:]
     if as_json:
         print_json(hits.to_json())
-    else:
-        print_hits(hits[:k])
+    elif hits:
+        print_hits(hits)
+    elif not failed:
+        click.echo("nothing found", err=True)
     if failed:
         ctx.exit(1)
 
