@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from test_evaluation_metrics import plain_ranks
 
 from e5v_search.backbones import Embedder
 from e5v_search.cli.eval import NAMES
-from e5v_search.evaluation import read_composed, suite
+from e5v_search.evaluation import modality_gap, read_composed, suite
 from e5v_search.evaluation.paper import OURS, baselines, summary
 from e5v_search.evaluation.records import Composed
 from e5v_search.render import render
@@ -66,6 +67,9 @@ def test_report_as_json(folder: Path, tmp_path: Path) -> None:
     assert found["metrics"]["t2i_r@1"] == pytest.approx(100 * np.mean([rank == 1 for rank in first]))
     assert found["metrics"]["t2i_mrr"] == pytest.approx(100 * np.mean([1 / rank for rank in first]), abs=1e-3)
     both = [plain_ranks(row, {2 * i, 2 * i + 1}, set()) for i, row in enumerate(scores.T)]
+    gap = asdict(modality_gap(embedder.embed_images(photos), embedder.embed_texts(captions)))
+    assert found["gap"].pop("n") == [5, 10] == list(gap.pop("n"))
+    assert found["gap"] == pytest.approx(gap, abs=1e-3)  # float32 sums in other batches
     fraction = np.mean([sum(rank <= 5 for rank in row) / 2 for row in both])
     assert found["metrics"]["i2t_fraction@5"] == pytest.approx(100 * fraction)
 
@@ -83,6 +87,10 @@ def test_prompt_sets_side_by_side(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0].split() == ["last", "prompt", "retrieval"]
     runs = json.loads(out.read_text())["runs"]
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("gap ")]
+    cells = [f"{r['gap']['distance']:.2f} [spread {r['gap']['spread']:.2f}, told apart" for r in runs]
+    assert all(cell in line for cell in cells)
+    assert line.count(" told apart ") == 3
     assert [r["prompts"] for r in runs] == ["last", "prompt", "retrieval"]
     assert len({r["fingerprint"] for r in runs}) == 3
     assert len({r["questions"] for r in runs}) == 1
@@ -203,6 +211,7 @@ def test_composed_protocols_with_the_real_model(composed_data: Path, tmp_path: P
     assert (found["queries"], found["gallery"]) == (2, 6)
     assert {"r@1", "r@50", "subset_r@3"} <= found["metrics"].keys()
     assert found["paper"] == {"r@5": 66.6}
+    assert found["gap"] is None
     found = json.loads(run("eval", "fashioniq", "--data", composed_data, "--json").stdout)
     assert (found["queries"], found["gallery"]) == (3, 18)
     assert found["paper"]["average_r@50"] == 53.78

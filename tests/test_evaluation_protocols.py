@@ -74,6 +74,18 @@ def test_retrieval_both_ways(tmp_path: Path) -> None:
     assert {(kind, prompts) for kind, prompts, _ in embedder.asked} == {("text", "retrieval"), ("image", "retrieval")}
 
 
+def test_gap_between_pictures_and_captions(tmp_path: Path) -> None:
+    """Pictures at (1, 0, 0) and (0, 1, 0), captions at (0, 1, 0) and (0, 0, 1): the means are (1/2, 1/2, 0), (0, 1/2, 1/2)."""
+    data = Captioned((picture("red", RED), picture("green", GREEN)), (Caption("0 1 0", (0,)), Caption("0 0 1", (1,))))
+    outcome, _ = captioned(data, Vectors(Literal(), tmp_path), Missing(False))
+    assert outcome.gap is not None
+    assert outcome.gap.n == (2, 2)
+    assert outcome.gap.distance == pytest.approx(math.sqrt(1 / 2))
+    assert outcome.gap.spread == pytest.approx(math.sqrt(1 / 2))
+    one, _ = captioned(data.first(1), Vectors(Literal(), tmp_path), Missing(False))
+    assert one.gap is None
+
+
 def test_rendered_captions_are_seen_with_the_image_prompt(tmp_path: Path) -> None:
     pages = {render(caption.text).tobytes(): caption.text for caption in CAPTIONS.captions}
     embedder = Literal(pages)

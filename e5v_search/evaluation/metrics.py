@@ -10,6 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from e5v_search.evaluation.gap import Gap
+
 NDCG = 10
 
 
@@ -125,10 +127,12 @@ class Outcome:
     """What an evaluation measured: its parts by name, and metrics that are the mean of others ("average_r@10").
 
     A metric's name is its part's, `_` and its own; the part "" leaves the name alone, and a rated part is named itself.
+    `gap` is that between pictures and captions, where there are both and two of each.
     """
 
     parts: Mapping[str, Part]
     averages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    gap: Gap | None = None
 
     def metrics(self, weights: Mapping[str, np.ndarray] | None = None) -> dict[str, float]:
         """All metrics; `weights` by part, as `Part.values` takes them, else every query once."""

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from e5v_search.evaluation.gap import modality_gap
 from e5v_search.evaluation.metrics import Outcome, Part, Ranked, Rated
 from e5v_search.evaluation.ranks import positive_ranks, top
 from e5v_search.evaluation.records import Captioned, Change, Composed, Drawn, Missing, Rating, Scenes, absent
@@ -54,7 +55,8 @@ def captioned(
         "t2i": Ranked(positive_ranks(xt, xi, [caption.owners for caption in data.captions])),
         "i2t": Ranked(positive_ranks(xi[asked], xt, [captions_of[i] for i in asked])),
     }
-    return Outcome(parts), data
+    gap = modality_gap(xi, xt) if min(len(xi), len(xt)) > 1 else None
+    return Outcome(parts, gap=gap), data
 
 
 def cirr(data: Composed, vectors: Vectors, missing: Missing, prompts: str = "cirr") -> tuple[Outcome, Composed]:
@@ -132,7 +134,7 @@ def scenes(data: Scenes, vectors: Vectors, missing: Missing, prompts: str | None
         "composed": changed.parts[""],
         **rated.parts,
     }
-    return Outcome(parts), data
+    return Outcome(parts, gap=plain.gap), data
 
 
 def sts_sentence(sentence: str) -> str:

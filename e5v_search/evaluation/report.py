@@ -4,7 +4,7 @@ import base64
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from e5v_search.errors import DataError, UsageError
 from e5v_search.evaluation.bootstrap import Difference, paired
+from e5v_search.evaluation.gap import Gap
 from e5v_search.evaluation.metrics import Outcome, Part, Ranked, Rated
 from e5v_search.evaluation.paper import OURS, baselines, summary
 
@@ -71,6 +72,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "prompts": self.prompts,
             "intervals": {name: [round(low, 4), round(high, 4)] for name, (low, high) in self.intervals.items()},
+            "gap": None if self.outcome.gap is None else asdict(self.outcome.gap),
             "baselines": others,
             "ties": TIES,
             "cautions": self.cautions,
@@ -99,13 +101,15 @@ class Report:
 
 
 def details(reports: Sequence[Report]) -> list[list[str]]:
-    """A table with a header: metrics down; across, each run's values with their intervals."""
+    """A table with a header: metrics down, then the gap; across, each run's values with their intervals."""
     several = len(reports) > 1
     header = ["", *(report.prompts if several else report.model for report in reports)]
-    return [header] + [
+    rows = [
         [metric, *(_value(metric, report.metrics[metric], report.intervals[metric]) for report in reports)]
         for metric in reports[0].metrics
     ]
+    gaps = [report.outcome.gap for report in reports if report.outcome.gap is not None]
+    return [header, *rows, *([["gap", *map(_gap, gaps)]] if gaps else [])]
 
 
 def beside_the_paper(reports: Sequence[Report]) -> list[list[str]]:
@@ -185,6 +189,10 @@ def _unpacked(found: dict[str, Any], path: Path) -> Outcome:
     except (KeyError, TypeError, ValueError, zlib.error) as error:
         raise DataError(f"{path} is damaged: {type(error).__name__} {error}") from error
     return Outcome(parts, {name: tuple(of) for name, of in found["averages"].items()})
+
+
+def _gap(gap: Gap) -> str:
+    return f"{gap.distance:.2f} [spread {gap.spread:.2f}, told apart {100 * gap.accuracy:.1f} %]"
 
 
 def _value(metric: str, value: float, interval: tuple[float, float]) -> str:
