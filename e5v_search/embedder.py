@@ -16,6 +16,8 @@ R = TypeVar("R")
 
 Picture = str | bytes | Path | Image.Image
 
+NO_PROMPTS = "none"  # in the fingerprint of a model that takes its inputs bare
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -36,7 +38,7 @@ class Fingerprint:
         return f"{self.model}@{self.revision[:12]}/{self.prompts}/{self.backend}/{self.tiles}/{self.weights}"
 
     def with_prompts(self, prompts: str) -> "Fingerprint":
-        return replace(self, prompts=prompts)
+        return self if self.prompts == NO_PROMPTS else replace(self, prompts=prompts)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,24 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from e5v_search.errors import OutOfMemory
+from e5v_search.parallel import windows
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _TOKENS = {"cuda": 32768, "mps": 8192, "cpu": 4096}
+
+WINDOW = 256  # inputs sorted by length at a time; bounds memory, costs next to no padding
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows (n, dim) of length 1."""
+    out: np.ndarray = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return out
 
 
 class Batches:
@@ -37,6 +47,13 @@ class Batches:
             out |= zip(batch, self._halving([rows[i] for i in batch], length, forward), strict=True)
         return [out[i] for i in range(len(rows))]
 
+    def embed(
+        self, rows: Iterable[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[np.ndarray]], dim: int
+    ) -> np.ndarray:
+        """`forward` of all rows, taken a window at a time -> (n, dim), normalised."""
+        vectors = [vector for window in windows(rows, WINDOW) for vector in self.run(window, length, forward)]
+        return unit(np.stack(vectors)) if vectors else np.empty((0, dim), np.float32)
+
     def _halving(self, batch: list[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[R]]) -> list[R]:
         try:
             return list(forward(batch))
@@ -47,7 +64,7 @@ class Batches:
             if len(batch) == 1 and not freed:
                 raise OutOfMemory(
                     f"{self.device} has too little memory for one input of {length(batch[0])} tokens; "
-                    "close other programs on it, or load the model with --quantize 4bit"
+                    "close other programs on it, use a smaller model, or load a language model with --quantize 4bit"
                 ) from None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -34,6 +34,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def image_settings(folder: Path) -> dict[str, Any]:
+    """How a checkpoint's pictures are prepared, from either file that transformers keeps it in; empty without both."""
+    if (folder / "preprocessor_config.json").exists():
+        return read_json(folder / "preprocessor_config.json")
+    path = folder / "processor_config.json"
+    settings: dict[str, Any] = (read_json(path).get("image_processor") or {}) if path.exists() else {}
+    return settings
+
+
 def shards(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, all present. IncompleteCheckpoint names what is not."""
     index = folder / "model.safetensors.index.json"
@@ -178,8 +187,8 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def pick_dtype(dtype: str, device: torch.device, config: LlavaNextConfig) -> torch.dtype:
-    """ "auto": bfloat16 on CUDA, float16 on MPS; on a processor float32, or bfloat16 for models of billions."""
+def pick_dtype(dtype: str, device: torch.device, parameters: float = 0) -> torch.dtype:
+    """ "auto": bfloat16 on CUDA, float16 on MPS; on a processor float32, or bfloat16 from two billion parameters on."""
     named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype in named:
         return named[dtype]
@@ -189,6 +198,4 @@ def pick_dtype(dtype: str, device: torch.device, config: LlavaNextConfig) -> tor
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "mps":
         return torch.float16
-    text = config.text_config
-    billions = text.num_hidden_layers * text.hidden_size * (text.hidden_size * 4 + text.intermediate_size * 3) / 1e9
-    return torch.bfloat16 if billions > 2 else torch.float32
+    return torch.bfloat16 if parameters > 2e9 else torch.float32

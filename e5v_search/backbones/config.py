@@ -55,6 +55,11 @@ class TextConfig:
         """The longest input that attention treats as trained: we do not implement a sliding window."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
+    @property
+    def parameters(self) -> int:
+        """Of the layers, roughly: for what depends on the size of a model alone."""
+        return self.num_hidden_layers * self.hidden_size * (self.hidden_size * 4 + self.intermediate_size * 3)
+
 
 _MISTRAL_DEFAULTS = {
     "intermediate_size": 14336,

@@ -4,13 +4,11 @@ An embedding is the last layer's hidden state after the final norm at the last p
 """
 
 import hashlib
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from e5v_search import media
 from e5v_search.backbones import Embedder, checkpoint, registry
-from e5v_search.backbones.batches import Batches
+from e5v_search.backbones.batches import WINDOW, Batches, unit
 from e5v_search.backbones.config import LlavaNextConfig
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.prefix import Beginning, Key, PrefixMemory, default_limit, digest
@@ -34,8 +32,6 @@ from e5v_search.prompts import load_prompts
 # preprocessing of CLIP ViT-L/14-336 as in llava-v1.6: what the published checkpoint means without saying it
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-_WINDOW = 256  # inputs sorted by length at a time; bounds memory, costs next to no padding
 
 
 @dataclass(frozen=True)
@@ -57,10 +53,7 @@ class Continued:
 
 def _preprocessing(folder: Path, config: LlavaNextConfig) -> tuple[TileSpec, Tensor, Tensor]:
     """Tile geometry, mean and std (3, 1, 1). Without a processor file: the values the checkpoint was trained with."""
-    path = folder / "preprocessor_config.json"
-    settings: dict[str, Any] = checkpoint.read_json(path) if path.exists() else {}
-    if not settings and (folder / "processor_config.json").exists():
-        settings = checkpoint.read_json(folder / "processor_config.json").get("image_processor") or {}
+    settings = checkpoint.image_settings(folder)
     pinpoints = settings.get("image_grid_pinpoints") or config.image_grid_pinpoints
     vision = config.vision_config
     spec = TileSpec(
@@ -99,25 +92,15 @@ def _floats(hidden: Tensor) -> np.ndarray:
     return out
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    """Rows (n, dim) of length 1."""
-    out: np.ndarray = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    return out
-
-
 class LlavaNextEmbedder(Embedder):
     """`memory` keeps what the model saw of pictures for `embed_composed`; set its `limit` (bytes) or clear it at will."""
 
     def __init__(self, source: registry.Source, name: str, device: str, dtype: str, quantize: str | None) -> None:
         raw = checkpoint.read_json(source.folder / "config.json")
-        if raw.get("model_type") != "llava_next":
-            raise ModelError(
-                f"{source.folder} holds a {raw.get('model_type', 'nameless')!r} model; supported: llava_next (E5-V, LLaVA-1.6)"
-            )
         config = LlavaNextConfig.from_json(raw)
         self.name, self.quantize, self.folder = name, quantize, source.folder
         self.device = checkpoint.pick_device(device)
-        self.dtype = checkpoint.pick_dtype(dtype, self.device, config)
+        self.dtype = checkpoint.pick_dtype(dtype, self.device, config.text_config.parameters)
         self.encoder = PromptEncoder(source.folder, config)
         self.spec, self._mean, self._std = _preprocessing(source.folder, config)
         self.model: LlavaNext = checkpoint.load_model(source.folder, config, self.device, self.dtype, quantize)
@@ -125,17 +108,6 @@ class LlavaNextEmbedder(Embedder):
         self.made_by = Fingerprint(source.name, source.revision, weights=quantize or "float")
         self.memory = PrefixMemory(default_limit(self.device))
         self.batches = Batches(self.device, self.memory.clear)
-
-    @classmethod
-    def load(
-        cls, model: str = "auto", *, device: str = "auto", dtype: str = "auto", quantize: str | None = None
-    ) -> "LlavaNextEmbedder":
-        if model == "auto":
-            free = checkpoint.free_cuda_bytes() if device in ("auto", "cuda") else None
-            model, chosen, line = registry.choose(free)
-            quantize = quantize or chosen
-            print(line, file=sys.stderr)
-        return cls(registry.resolve(model), model, device, dtype, quantize)
 
     # what goes in
 
@@ -164,8 +136,8 @@ class LlavaNextEmbedder(Embedder):
         begins = ahead(self._begin, (run[0] for run in runs))
         beginnings = (begin for begin, run in zip(begins, runs, strict=True) for _ in run)
         rows = (self._continued(begin, tail, i) for i, (begin, (_, tail)) in enumerate(zip(beginnings, parts, strict=True)))
-        x = self._embed_continued(rows, _WINDOW, self.memory)
-        return _unit(x) if normalise else x
+        x = self._embed_continued(rows, WINDOW, self.memory)
+        return unit(x) if normalise else x
 
     def prepare(self, image: Image.Image) -> Tiles:
         """An upright RGB picture -> tiles. Called from many threads, ahead of the model."""
@@ -185,7 +157,7 @@ class LlavaNextEmbedder(Embedder):
             for i, tiles in enumerate(prepared)
             for head, tail in prompts
         )
-        x = _unit(self._embed_continued(rows, _WINDOW * len(views)))
+        x = unit(self._embed_continued(rows, WINDOW * len(views)))
         return np.ascontiguousarray(x.reshape(len(prepared), len(views), self.dim).transpose(1, 0, 2))
 
     # what vectors say
@@ -242,12 +214,7 @@ class LlavaNextEmbedder(Embedder):
 
     def _embed_plain(self, rows: Iterable[Row]) -> np.ndarray:
         """Every row by itself, in one pass; normalised."""
-        vectors = [
-            vector
-            for window in windows(rows, _WINDOW)
-            for vector in self.batches.run(window, lambda r: r.length, self._forward)
-        ]
-        return _unit(np.stack(vectors)) if vectors else np.empty((0, self.dim), np.float32)
+        return self.batches.embed(rows, lambda row: row.length, self._forward, self.dim)
 
     def _embed_continued(self, rows: Iterable[Continued], window: int, memory: PrefixMemory | None = None) -> np.ndarray:
         """Rows that go on from pictures, not normalised: in each window one pass over each picture, however often it occurs."""

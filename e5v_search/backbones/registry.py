@@ -2,14 +2,23 @@
 
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
-from e5v_search.backbones.checkpoint import digest, shards
+from e5v_search.backbones import Embedder
+from e5v_search.backbones.checkpoint import digest, read_json, shards
 from e5v_search.errors import IncompleteCheckpoint, ModelError, UnknownModel
 
 TINY = "e5v-tiny"
 E5V = "royokong/e5-v"
 BUNDLED = Path(__file__).parent.parent / "bundled"
+
+# model_type of a config.json -> (module here, class, what it is); a module is loaded with the first model of its family
+FAMILIES = {
+    "llava_next": ("llava_next", "LlavaNextEmbedder", "E5-V, LLaVA-1.6"),
+    "clip": ("two_towers", "TwoTowers", "CLIP"),
+    "siglip": ("two_towers", "TwoTowers", "SigLIP, SigLIP 2 of fixed resolution"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,20 @@ KNOWN: dict[str, Known] = {
             memory_16bit=14.1,
             memory_4bit=4.9,
         ),
+        Known(
+            "openai/clip-vit-large-patch14",
+            "CLIP, a baseline: one tower for pictures, one for texts",
+            768,
+            "see its model card",
+            memory_16bit=0.8,
+        ),
+        Known(
+            "google/siglip2-so400m-patch14-384",
+            "SigLIP 2, a baseline: one tower for pictures, one for texts",
+            1152,
+            "Apache-2.0",
+            memory_16bit=2.1,
+        ),
     )
 }
 
@@ -82,6 +105,17 @@ def resolve(model: str) -> Source:
         known = KNOWN.get(name)
         return _from_hub(name, revision or (known.revision if known else None))
     raise UnknownModel(f"unknown model {model!r}; known: {', '.join(KNOWN)}, any hub id owner/name, or a model folder")
+
+
+def family(folder: Path) -> type[Embedder]:
+    """The class for a checkpoint folder. ModelError with the list of families for a model of none of them."""
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type not in FAMILIES:
+        known = "; ".join(f"{key} ({what})" for key, (_, _, what) in FAMILIES.items())
+        raise ModelError(f"{folder} holds a {model_type or 'nameless'!r} model; supported: {known}")
+    module, name, _ = FAMILIES[model_type]
+    found: type[Embedder] = getattr(import_module(f"e5v_search.backbones.{module}"), name)
+    return found
 
 
 def _from_hub(name: str, revision: str | None) -> Source:

@@ -43,7 +43,9 @@ def models(as_json: bool) -> None:
         for name, value in (("vectors", f"{known.dim} numbers"), ("memory", memory), ("licence", known.licence)):
             click.echo(f"  {click.style(f'{name:<8}', dim=True)} {value}")
         click.echo()
-    click.echo("Any other LLaVA-NeXT model: --model owner/name from the model hub, or the path of a checkpoint folder.")
+    click.echo(
+        "Any other LLaVA-NeXT, CLIP or SigLIP model: --model owner/name from the model hub, or the path of a checkpoint folder."
+    )
     click.echo(line)
 
 

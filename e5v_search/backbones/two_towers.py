@@ -1,0 +1,173 @@
+"""CLIP and SigLIP: a tower for pictures and one for texts, in one space. What E5-V is compared with.
+
+The towers are transformers' own; what goes into them is made here, the same pixels and ids as its PIL processors make.
+There is nothing to prompt: texts go in bare, whatever the prompt set, and a composed query is the sum of the embeddings
+of its picture and its text. A text beyond the tower's context (77 tokens of CLIP, 64 of SigLIP) is cut there, since that
+is how these models are evaluated.
+"""
+
+import re
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError
+
+from e5v_search import media
+from e5v_search.backbones import Embedder, checkpoint, registry
+from e5v_search.backbones.batches import Batches, unit
+from e5v_search.backbones.pixels import Pixels
+from e5v_search.backbones.prompt_encoder import load_tokenizer
+from e5v_search.embedder import NO_PROMPTS, Fingerprint, Picture, Word
+from e5v_search.errors import IncompleteCheckpoint, ModelError, UsageError
+from e5v_search.parallel import ahead
+
+_MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
+
+
+class TwoTowers(Embedder):
+    def __init__(self, source: registry.Source, name: str, device: str, dtype: str, quantize: str | None) -> None:
+        if quantize is not None:
+            raise UsageError(f"{name} is a CLIP or SigLIP model, which is not quantised: leave --quantize out")
+        raw = checkpoint.read_json(source.folder / "config.json")
+        self.name, self.quantize = name, None
+        self.device = checkpoint.pick_device(device)
+        self.dtype = checkpoint.pick_dtype(dtype, self.device)
+        self.model = _load(source.folder, _MODELS[raw["model_type"]], self.device, self.dtype)
+        config = self.model.config
+        siglip = raw["model_type"] == "siglip"
+        self.dim: int = config.text_config.projection_size if siglip else config.projection_dim
+        self.tokens = TextTokens(source.folder, config.text_config.max_position_embeddings, siglip)
+        self.pixels = Pixels.read(source.folder, config.vision_config.image_size, square=siglip)
+        self.made_by = Fingerprint(source.name, source.revision, prompts=NO_PROMPTS, tiles="none")
+        self.batches = Batches(self.device, relieve=lambda: 0)
+        self._patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+
+    def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray:
+        """Sentences -> (n, dim); the prompt set does not matter."""
+        return self.batches.embed(self.tokens(texts), len, self._texts, self.dim)
+
+    def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
+        """Pictures (paths, encoded bytes or PIL images) -> (n, dim), read ahead in threads. MediaError names the picture."""
+        return self._embed_pixels(ahead(lambda picture: self.prepare(media.open_picture(picture)), images))
+
+    def embed_composed(
+        self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr", *, normalise: bool = True
+    ) -> np.ndarray:
+        """Pictures, each with the change to it -> (n, dim): the sum of the two embeddings."""
+        x = self.embed_images([picture for picture, _ in pairs]) + self.embed_texts([text for _, text in pairs])
+        return unit(x) if normalise else x
+
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        """An upright RGB picture -> (3, height, width) uint8, as the tower takes it. Called from many threads."""
+        return self.pixels(image)
+
+    def embed_prepared(self, prepared: Sequence[np.ndarray], prompts: str = "retrieval") -> np.ndarray:
+        return self._embed_pixels(prepared)
+
+    def embed_views(self, prepared: Sequence[np.ndarray], views: Sequence[str]) -> np.ndarray:
+        """-> (len(views), n, dim), the same in every view."""
+        return np.repeat(self._embed_pixels(prepared)[None], len(views), axis=0)
+
+    def nearest_words(self, x: np.ndarray, k: int = 10) -> list[list[Word]]:
+        self._no_words()
+
+    def shared_words(self, a: np.ndarray, x: np.ndarray, k: int = 10) -> list[list[Word]]:
+        self._no_words()
+
+    def _no_words(self) -> NoReturn:
+        raise ModelError(
+            f"{self.name} has two towers and no vocabulary to explain with; "
+            f"explanations need a language model, such as {registry.TINY}"
+        )
+
+    def _embed_pixels(self, prepared: Iterable[np.ndarray]) -> np.ndarray:
+        return self.batches.embed(prepared, lambda _: self._patches, self._images, self.dim)
+
+    @torch.inference_mode()
+    def _texts(self, batch: Sequence[list[int]]) -> np.ndarray:
+        # CLIP reads its first end token and sees nothing behind it; SigLIP's rows are all of one length
+        rows = [torch.tensor(ids) for ids in batch]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokens.pad_id)
+        return _pooled(self.model.get_text_features(input_ids=ids.to(self.device)))
+
+    @torch.inference_mode()
+    def _images(self, batch: Sequence[np.ndarray]) -> np.ndarray:
+        pixels = self.pixels.normalised(torch.from_numpy(np.stack(batch)).to(self.device))
+        return _pooled(self.model.get_image_features(pixel_values=pixels.to(self.dtype)))
+
+
+class TextTokens:
+    """Texts -> ids, at most `length` of them. SigLIP was trained on rows padded to that length, which it sees."""
+
+    def __init__(self, folder: Path, length: int, siglip: bool) -> None:
+        path = folder / "tokenizer_config.json"
+        settings: dict[str, Any] = checkpoint.read_json(path) if path.exists() else {}
+        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer.enable_truncation(length)
+        self.siglip = siglip
+        # SigLIP's first tokenizer drops punctuation, that of SigLIP 2 keeps it; both models read lower case alone
+        self._drop = string.punctuation if str(settings.get("tokenizer_class")).startswith("SiglipTokenizer") else ""
+        token = settings.get("pad_token") or settings.get("eos_token") or "<|endoftext|>"
+        token = token["content"] if isinstance(token, dict) else token
+        pad_id = self.tokenizer.token_to_id(token)
+        if pad_id is None:
+            raise IncompleteCheckpoint(f"{folder}: the tokenizer does not know its padding token {token!r}")
+        self.pad_id: int = pad_id
+        if siglip:
+            direction = settings.get("padding_side", "right")
+            self.tokenizer.enable_padding(direction=direction, pad_id=pad_id, pad_token=token, length=length)
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch([self._clean(text) for text in texts])]
+
+    def _clean(self, text: str) -> str:
+        if not self.siglip:
+            return text  # the tokenizer itself does what CLIP's texts need
+        text = text.lower()
+        return re.sub(r"\s+", " ", text.translate(str.maketrans("", "", self._drop))).strip() if self._drop else text
+
+
+def _pooled(features: Any) -> np.ndarray:
+    out: np.ndarray = features.pooler_output.float().cpu().numpy()
+    return out
+
+
+def _load(folder: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """transformers' model in evaluation mode. IncompleteCheckpoint for missing, damaged or misshapen tensors."""
+    checkpoint.shards(folder)
+    try:
+        with _quiet():
+            model, found = getattr(transformers, kind).from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise IncompleteCheckpoint(f"{folder} cannot be loaded ({reason}); download the model again") from error
+    # temperature and bias of the training loss: no embedding depends on them
+    if missing := sorted(set(found["missing_keys"]) - {"logit_scale", "logit_bias"}):
+        raise IncompleteCheckpoint(
+            f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; download the model again"
+        )
+    return model.requires_grad_(False).eval().to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar and its report of tensors: what is amiss is raised."""
+    log = transformers.utils.logging
+    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bar:
+            log.enable_progress_bar()
