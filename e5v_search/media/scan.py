@@ -200,7 +200,8 @@ class Scan:
         to_files: list[tuple[str, int]] = []
         while self._linked:
             links, self._linked = self._linked, []
-            for path, root_device in links:
+            # in the same order whether met on a walk of the whole or of some parts before it
+            for path, root_device in sorted(links, key=lambda link: (link[0].count(os.sep), link[0])):
                 try:
                     is_folder = stat.S_ISDIR(os.stat(path).st_mode)
                 except OSError as error:
