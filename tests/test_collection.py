@@ -398,14 +398,14 @@ def test_damaged_index_is_rebuilt_without_embedding(
 ) -> None:
     c.ingest([photos])
     expected = [(hit.id, hit.score) for hit in c.search("a dog", k=100)]
-    path = c.index_path
+    path = c.indexes.path()
     data = bytearray(path.read_bytes())
     if damage == "missing":
         path.unlink()
     elif damage == "foreign":
         with Collection.open(tmp_path / "other", embedder) as other:  # type: ignore[arg-type]
             other.ingest([photos / "a"])
-            shutil.copy(other.index_path, path)
+            shutil.copy(other.indexes.path(), path)
     else:
         flipped = data[:700] + bytes([data[700] ^ 4]) + data[701:]
         path.write_bytes(
@@ -422,12 +422,12 @@ def test_damaged_index_is_rebuilt_without_embedding(
 
 def test_rebuild_and_index_that_is_behind(c: Collection, photos: Path) -> None:
     c.ingest([photos / "a"])
-    old = c.index_path.read_bytes()
+    old = c.indexes.path().read_bytes()
     (photos / "a/00.jpg").unlink()
     paint(photos / "a/01.jpg", 300)
     c.ingest([photos])
     expected = [(hit.id, round(hit.score, 5)) for hit in c.search("a dog", k=100)]
-    c.index_path.write_bytes(old)  # what a kill between commit and save leaves
+    c.indexes.path().write_bytes(old)  # what a kill between commit and save leaves
     with Collection.open(c.path, c.embedder()) as again:
         assert again.status()["index"]["stale"] is True
         assert [(hit.id, round(hit.score, 5)) for hit in again.search("a dog", k=100)] == expected
@@ -436,10 +436,10 @@ def test_rebuild_and_index_that_is_behind(c: Collection, photos: Path) -> None:
 
 def test_verify_finds_an_index_that_lies(c: Collection, photos: Path) -> None:
     c.ingest([photos])
-    index, _ = c._current_index()
+    index, _ = c.indexes.current()
     x = index.vectors(index.ids()[:1])
     index.put(index.ids()[:1], -x)
-    index.save(c.index_path)
+    index.save(c.indexes.path())
     [problem] = c.verify()
     assert "1 vectors differ from the catalog's" in problem
     c.rebuild()

@@ -447,7 +447,7 @@ def test_views_from_the_start(
             np.testing.assert_array_equal(stored[item.id], view(c, "retrieval")[item.id])
         elif item.kind == "rendered":
             assert stored[item.id] @ loaded.embed_images([render(item.text or "")], "cirr")[0] > 0.999
-    index, built = c._current_index("cirr")
+    index, built = c.indexes.current("cirr")
     assert (index.ntotal, built) == (9, False)
     assert (c.path / "index-cirr.faiss").exists()
 

@@ -307,16 +307,6 @@ class Collection:
         with self._writing():
             return self.indexes.rebuild()
 
-    # the index
-
-    @property
-    def index_path(self) -> Path:
-        return self.indexes.path()
-
-    def _current_index(self, view: str = VIEW) -> tuple[Index, bool]:
-        """The index with everything that the catalog holds in `view`, and whether it had to be built whole."""
-        return self.indexes.current(view)
-
     # reading
 
     def search(
@@ -356,7 +346,7 @@ class Collection:
         watch = Stopwatch()
         with watch.phase("load"):
             view = self._view(query)
-            index, built = self._current_index(view)
+            index, built = self.indexes.current(view)
             if built:
                 self._save_if_free(index, view)
             total = sum(self.catalog.count().values())
@@ -378,7 +368,7 @@ class Collection:
             scores = dict(zip(ids.tolist(), D.tolist(), strict=True))
             if index.ntotal < total:  # what has no vector in this view yet is not to be missing: its other one serves
                 pending = self.catalog.passing(self.catalog.pending(view), where)
-                more, others = self._current_index()[0].search(xq[None], k + len(reference), ids=pending)
+                more, others = self.indexes.current()[0].search(xq[None], k + len(reference), ids=pending)
                 scores |= dict(zip(others[0].tolist(), more[0].tolist(), strict=True))
             items = self.catalog.items(scores)
             # among equals, as copies of a photo are, the picture that was asked about comes first
