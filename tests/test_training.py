@@ -9,6 +9,7 @@ from PIL import Image
 
 from e5v_search.backbones.llava_next import LlavaNextEmbedder
 from e5v_search.backbones.modules import LlavaNext
+from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.config import load_recipe, parse
 from e5v_search.errors import IncompleteCheckpoint, ModelError, UsageError
 from e5v_search.training import loop, state
@@ -59,7 +60,7 @@ def encoder(data: Data) -> BatchEncoder:
     tokenizer = train_tokenizer([c for cs in data.photos.captions for c in cs] * 5, 600)
     model = LlavaNext(tiny_recipe().model.config(tokenizer.encode(IMAGE, add_special_tokens=False).ids[0]))
     initialise(model, torch.Generator().manual_seed(0))
-    return BatchEncoder(model, tokenizer, max_text=8)
+    return BatchEncoder(model, PromptEncoder(tokenizer, model.config), max_text=8)
 
 
 def logged(out: Path) -> list[dict[str, object]]:

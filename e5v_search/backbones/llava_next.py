@@ -51,7 +51,7 @@ class Continued:
     ids: list[int]
 
 
-def _preprocessing(folder: Path, config: LlavaNextConfig) -> tuple[TileSpec, Tensor, Tensor]:
+def preprocessing(folder: Path, config: LlavaNextConfig) -> tuple[TileSpec, Tensor, Tensor]:
     """Tile geometry, mean and std (3, 1, 1). Without a processor file: the values the checkpoint was trained with."""
     settings = checkpoint.image_settings(folder)
     pinpoints = settings.get("image_grid_pinpoints") or config.image_grid_pinpoints
@@ -101,8 +101,8 @@ class LlavaNextEmbedder(Embedder):
         self.name, self.quantize, self.folder = name, quantize, source.folder
         self.device = checkpoint.pick_device(device)
         self.dtype = checkpoint.pick_dtype(dtype, self.device, config.text_config.parameters)
-        self.encoder = PromptEncoder(source.folder, config)
-        self.spec, self._mean, self._std = _preprocessing(source.folder, config)
+        self.encoder = PromptEncoder.read(source.folder, config)
+        self.spec, self._mean, self._std = preprocessing(source.folder, config)
         self.model: LlavaNext = checkpoint.load_model(source.folder, config, self.device, self.dtype, quantize)
         self.dim = config.text_config.hidden_size
         self.made_by = Fingerprint(source.name, source.revision, weights=quantize or "float")

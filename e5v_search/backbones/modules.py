@@ -14,6 +14,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from e5v_search.backbones.config import LlavaNextConfig, TextConfig, VisionConfig
 from e5v_search.backbones.tiles import Size, unpadded
@@ -196,11 +197,14 @@ class TextDecoder(nn.Module):
 
     A row may go on from a prefix that was computed before: a tensor (layers, 2, key heads, p, d_head) of its keys and
     values. Every key stands at its row's own position, so causality is all that the mask has to hold.
+
+    With `checkpointing` a backward pass computes each layer once more instead of keeping what it saw: memory for time.
     """
 
     def __init__(self, c: TextConfig) -> None:
         super().__init__()
         self.c = c
+        self.checkpointing = False
         self.embed_tokens = table(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(TextLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -224,19 +228,34 @@ class TextDecoder(nn.Module):
         rotation = self.rotation(positions, x)
         keys = torch.arange(t if prefixes is None else max(p.shape[3] for p in prefixes) + t, device=x.device)
         mask = None if prefixes is None else keys <= positions[:, None, :, None]
-        for i, layer in enumerate(cast(Sequence[TextLayer], self.layers)):
+
+        def through(i: int, x: Tensor) -> Tensor:
+            layer = cast(TextLayer, self.layers[i])
             h = layer.input_layernorm(x)
             k, v = layer.self_attn.keys_values(h, rotation)
             if prefixes is not None:
                 k, v = (_behind([p[i, j] for p in prefixes], new, len(keys)) for j, new in enumerate((k, v)))
-            if i == len(self.layers) - 1:
-                each = torch.arange(b, device=x.device)
-                x, h = x[each, last][:, None], h[each, last][:, None]
-                ends = (starts + last)[:, None]
-                rotation, mask = self.rotation(ends, x), keys <= ends[:, None, :, None]
-            x = layer(x, h, k, v, rotation, mask)
-        y: Tensor = self.norm(x[:, 0])
+            y: Tensor
+            if i < len(self.layers) - 1:
+                y = layer(x, h, k, v, rotation, mask)
+                return y
+            each = torch.arange(b, device=x.device)
+            x, h = x[each, last][:, None], h[each, last][:, None]
+            ends = (starts + last)[:, None]
+            y = layer(x, h, k, v, self.rotation(ends, x), keys <= ends[:, None, :, None])
+            return y
+
+        y: Tensor = self.norm(self.in_turn(through, x)[:, 0])
         return y
+
+    def in_turn(self, through: Callable[[int, Tensor], Tensor], x: Tensor) -> Tensor:
+        """`through(i, x)` of every layer i, each on what the one before it gave."""
+        for i in range(len(self.layers)):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(through, i, x, use_reentrant=False)
+            else:
+                x = through(i, x)
+        return x
 
     def prefill(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """(b, t, d) input embeddings, of which `lengths` are real -> each row's keys and values, a tensor of its own."""

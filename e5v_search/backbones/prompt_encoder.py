@@ -1,8 +1,9 @@
 """Prompts to token ids."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -15,28 +16,27 @@ from e5v_search.prompts import IMAGE, LLAMA3_CHAT, MISTRAL_CHAT, SENTENCE
 class PromptEncoder:
     """Prompt strings to token ids: the chat wrapper, the one image token, and text that cannot escape its place."""
 
-    def __init__(self, folder: Path, config: LlavaNextConfig) -> None:
-        self.tokenizer = load_tokenizer(folder)
+    def __init__(self, tokenizer: Tokenizer, config: LlavaNextConfig, bos: str | None = None) -> None:
+        """`bos`: a first token that the tokenizer may leave out."""
+        self.tokenizer = tokenizer
         self.chat = LLAMA3_CHAT if config.text_config.model_type == "llama" else MISTRAL_CHAT
         self.tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])  # no change where it is
-        self.image_id = self._id(IMAGE)
+        self.image_id = self.id(IMAGE)
         self.max_tokens = config.text_config.max_tokens
         specials = sorted((t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special), key=len)
         self._special = re.compile("|".join(map(re.escape, reversed(specials))))
-        self._bos = self._leading_bos(folder)
+        added = bos is None or tokenizer.encode("a").ids[:1] == [self.id(bos)]
+        self._bos = [] if bos is None or added else [self.id(bos)]
 
-    def _leading_bos(self, folder: Path) -> list[int]:
+    @classmethod
+    def read(cls, folder: Path, config: LlavaNextConfig) -> "PromptEncoder":
+        """Of a checkpoint folder."""
+        settings = tokenizer_settings(folder)
         # LLaMA-3's tokenizer.json adds the first token itself; some Mistral files leave it to the library
-        path = folder / "tokenizer_config.json"
-        settings = checkpoint.read_json(path) if path.exists() else {}
-        bos = settings.get("bos_token")
-        bos = bos.get("content") if isinstance(bos, dict) else bos
-        if not settings.get("add_bos_token") or bos is None:
-            return []
-        bos_id = self._id(bos)
-        return [] if self.tokenizer.encode("a").ids[:1] == [bos_id] else [bos_id]
+        return cls(load_tokenizer(folder), config, named(settings, "bos_token") if settings.get("add_bos_token") else None)
 
-    def _id(self, token: str) -> int:
+    def id(self, token: str) -> int:
+        """Of a special token. IncompleteCheckpoint when the tokenizer has none such."""
         token_id = self.tokenizer.token_to_id(token)
         if token_id is None:
             raise IncompleteCheckpoint(f"the tokenizer does not know {token!r}; download the model again")
@@ -57,6 +57,18 @@ class PromptEncoder:
         embedding table."""
         at = ids.index(self.image_id)
         return ids[:at], ids[at + 1 :]
+
+
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return checkpoint.read_json(path) if path.exists() else {}
+
+
+def named(settings: Mapping[str, Any], token: str) -> str | None:
+    """The special token that a tokenizer's settings call "bos_token", "pad_token", …: a string, in old files an object."""
+    value = settings.get(token)
+    content: str | None = value.get("content") if isinstance(value, dict) else value
+    return content
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

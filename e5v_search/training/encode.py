@@ -7,37 +7,39 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from e5v_search.backbones.batches import Batches
 from e5v_search.backbones.modules import LlavaNext
+from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.backbones.tiles import Tiles
-from e5v_search.prompts import LLAMA3_CHAT, PROMPT_SETS, SENTENCE
+from e5v_search.prompts import load_prompts
 from e5v_search.training.export import MEAN, STD
-
-_CHUNK = 64  # rows of similar length that go through the decoder together
 
 
 class BatchEncoder:
-    """Prompts are those of `PROMPT_SETS` in LLaMA-3's wrapper; of a sentence, `max_text` tokens are kept."""
+    """Of a sentence, `max_text` tokens are kept. Rows of similar length go through the decoder together, `batches.tokens`
+    at a time, padding included."""
 
-    def __init__(self, model: LlavaNext, tokenizer: Tokenizer, max_text: int = 40) -> None:
-        self.model, self.tokenizer, self.max_text = model, tokenizer, max_text
-        self.device = model.image_newline.device
+    def __init__(self, model: LlavaNext, prompts: PromptEncoder, max_text: int = 40) -> None:
+        self.model, self.prompts, self.max_text = model, prompts, max_text
+        self.tokenizer = prompts.tokenizer
+        self.device = model.language_model.embed_tokens.weight.device
+        self.batches = Batches(self.device, lambda: 0)
         self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEAN, STD))
 
     def texts(self, sentences: Sequence[str], prompts: str = "retrieval") -> Tensor:
         """(n, d)"""
-        return self._last(self._embedded(self._ids(PROMPT_SETS[prompts].get("text"), sentences)))
+        return self.last(self._embedded(self.ids(load_prompts(prompts).get("text"), sentences)))
 
     def pictures(self, features: Tensor | Sequence[Tensor], prompts: str = "retrieval") -> Tensor:
         """Visual tokens (one (n, p, d) or n of (p_i, d)) inside the image prompt -> (n, d)"""
-        [ids] = self._ids(PROMPT_SETS[prompts].get("image"), [""])
-        return self._last(self._with_pictures([ids] * len(features), features))
+        [ids] = self.ids(load_prompts(prompts).get("image"), [""])
+        return self.last(self._with_pictures([ids] * len(features), features))
 
     def composed(self, features: Tensor | Sequence[Tensor], changes: Sequence[str], prompts: str = "cirr") -> Tensor:
         """Visual tokens with a change each -> (n, d)"""
-        return self._last(self._with_pictures(self._ids(PROMPT_SETS[prompts].get("composed"), changes), features))
+        return self.last(self._with_pictures(self.ids(load_prompts(prompts).get("composed"), changes), features))
 
     def base_features(self, pixels: Tensor, drop: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
         """Base tiles alone: (n, 3, tile, tile) uint8 -> (n, p, d), where a share `drop` of the patches never enters."""
@@ -63,12 +65,11 @@ class BatchEncoder:
     def normalised(self, pixels: Tensor) -> Tensor:
         return (pixels.to(self.device).float() / 255 - self.mean) / self.std
 
-    def _ids(self, prompt: str, sentences: Sequence[str]) -> list[list[int]]:
-        before, _, after = LLAMA3_CHAT.replace("{}", prompt).partition(SENTENCE)
-        return [e.ids for e in self.tokenizer.encode_batch([before + self._cut(s) + after for s in sentences])]
+    def ids(self, prompt: str, sentences: Sequence[str]) -> list[list[int]]:
+        return self.prompts.encode(prompt, [self.cut(sentence) for sentence in sentences])
 
-    def _cut(self, sentence: str) -> str:
-        if len(sentence) <= self.max_text:  # no token is shorter than a letter
+    def cut(self, sentence: str) -> str:
+        if len(sentence.encode()) <= self.max_text:  # no token is shorter than a byte
             return sentence
         encoded = self.tokenizer.encode(sentence, add_special_tokens=False)
         end: int = encoded.offsets[self.max_text - 1][1] if len(encoded) > self.max_text else len(sentence)
@@ -88,10 +89,9 @@ class BatchEncoder:
             rows.append(torch.cat((embedded[:at], visual, embedded[at + 1 :])))
         return rows
 
-    def _last(self, rows: list[Tensor]) -> Tensor:
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]
+    def last(self, rows: Sequence[Tensor]) -> Tensor:
+        """Rows of input embeddings (t_i, d) -> (n, d)"""
+        chunks = list(self.batches.cut(range(len(rows)), lambda i: len(rows[i])))
         hidden = torch.cat([self.model.last_hidden([rows[i] for i in chunk]) for chunk in chunks])
-        back = torch.empty(len(order), dtype=torch.long, device=hidden.device)
-        back[torch.tensor(order, device=hidden.device)] = torch.arange(len(order), device=hidden.device)
+        back = torch.tensor([i for chunk in chunks for i in chunk], device=hidden.device).argsort()
         return hidden[back]

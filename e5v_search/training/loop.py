@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from e5v_search.backbones.modules import LlavaNext
+from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.errors import ModelError
 from e5v_search.parallel import ahead
 from e5v_search.scenes import random_change, random_scene
@@ -62,7 +63,7 @@ def train(recipe: Recipe, data: Data, out: Path, say: Callable[[str], None]) -> 
     torch.manual_seed(recipe.seed)
     model = LlavaNext(recipe.model.config(tokenizer.encode(IMAGE, add_special_tokens=False).ids[0]))
     initialise(model, torch.Generator().manual_seed(recipe.seed))
-    encoder = BatchEncoder(model, tokenizer)
+    encoder = BatchEncoder(model, PromptEncoder(tokenizer, model.config))
     batches = Batches(recipe, data.photos, data.triplets, tokenizer)
     initialise_words(model, batches.words)
     initialise_patches(model, encoder.normalised(torch.from_numpy(data.photos.pixels[:500])))
