@@ -1,7 +1,10 @@
 import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from e5v_search.training import losses
@@ -47,6 +50,116 @@ def test_retrieval_equals_plain_loops(three: tuple[Tensor, Tensor, Tensor]) -> N
     rows = [[2.0 * cosine(q, g) for g in gallery] for q in queries]
     expected = -sum(log_softmax_at(row, int(t)) for row, t in zip(rows, targets, strict=True)) / 7
     assert float(losses.retrieval(queries, gallery, targets, 2.0)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_equation_1_takes_own_anchors_out_of_a_gathered_batch(three: tuple[Tensor, Tensor, Tensor]) -> None:
+    anchors, positives, negatives = three
+    whole = losses.hard_negative_info_nce(anchors, positives, negatives, 20.0)
+    shares = [losses.hard_negative_info_nce(anchors[i : i + 1], positives, negatives, 20.0, offset=i) for i in range(7)]
+    assert float(torch.stack(shares).mean()) == pytest.approx(float(whole), abs=1e-12)
+
+
+def test_equation_1_without_negatives_is_one_direction_of_info_nce(three: tuple[Tensor, Tensor, Tensor]) -> None:
+    a, b, _ = three
+    both = losses.hard_negative_info_nce(a, b, b[:0], 3.0) + losses.hard_negative_info_nce(b, a, a[:0], 3.0)
+    assert float(both / 2) == pytest.approx(float(losses.symmetric_info_nce(a, b, 3.0)), abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.5, 3.0])
+def test_distillation_equals_plain_loops(three: tuple[Tensor, Tensor, Tensor], temperature: float) -> None:
+    student, _, other = three
+    teacher = torch.cat((other, other.sin()), dim=1)  # of another width
+    expected = 0.0
+    for i in range(7):
+        s = [cosine(student[j], student[i]) / temperature for j in range(7)]
+        t = [cosine(teacher[j], teacher[i]) / temperature for j in range(7)]
+        for j in range(7):
+            log_p, log_q = log_softmax_at(s, j), log_softmax_at(t, j)
+            expected += math.exp(log_p) * (log_p - log_q) / 7  # the student first
+    assert float(losses.distillation(student, teacher, temperature)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_student_like_its_teacher_has_nothing_to_learn(three: tuple[Tensor, Tensor, Tensor]) -> None:
+    student = three[0].clone().requires_grad_()
+    turned = student.detach() @ torch.linalg.qr(three[1][:5].clone()).Q * 4  # angles are all that counts
+    value = losses.distillation(student, turned, 0.1)
+    value.backward()  # type: ignore[no-untyped-call]
+    assert float(value.detach()) == pytest.approx(0, abs=1e-12)
+    assert student.grad is not None
+    assert student.grad.abs().max() < 1e-9
+
+
+def plain_instruction(q: Tensor, c: Tensor, n: Tensor, temperature: float, beta: float, k: int, offset: int = 0) -> Tensor:
+    """Query by query, in torch only where a gradient is asked for: which negatives are in is decided on numbers."""
+    total = torch.zeros((), dtype=q.dtype)
+    for i, query in enumerate(q):
+        right = torch.cosine_similarity(query, c[offset + i], dim=0)
+        others = [x for j, x in enumerate(c) if j != offset + i] + list(n)
+        kept = [x for x in others if cosine(query, x) <= float(right.detach()) + beta]
+        kept.sort(key=lambda x: -cosine(query, x))
+        chosen = [kept[j % len(kept)] for j in range(k)] if kept else []
+        logits = torch.stack([right, *(torch.cosine_similarity(query, x, dim=0) for x in chosen)]) / temperature
+        total = total + torch.logsumexp(logits, dim=0) - logits[0]
+    return total / len(q)
+
+
+def gradients_of(loss: Callable[..., Tensor], inputs: Sequence[Tensor], *arguments: float) -> tuple[float, list[Tensor]]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value = loss(*leaves, *arguments)
+    return float(value.detach()), list(torch.autograd.grad(value, leaves, materialize_grads=True))
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(1, 9)),
+    beta=st.sampled_from([-2.5, -0.5, 0.0, 0.1, 2.5]),
+    temperature=st.sampled_from([0.02, 0.3]),
+)
+def test_instruction_equals_plain_loops(seed: int, shape: tuple[int, int, int], beta: float, temperature: float) -> None:
+    m, negatives, k = shape
+    generator = torch.Generator().manual_seed(seed)
+    c, n, q = (torch.randn(rows, 3, dtype=torch.float64, generator=generator) for rows in (m, negatives, m))
+    offset = seed % m
+    arguments = (temperature, beta, k, offset)
+    value, gradients = gradients_of(losses.instruction, (q[offset:], c, n), *arguments)
+    expected, by_hand = gradients_of(plain_instruction, (q[offset:], c, n), *arguments)
+    assert value == pytest.approx(expected, abs=1e-6)
+    for got, wanted in zip(gradients, by_hand, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-6)
+
+
+def on_circle(*degrees: float) -> Tensor:
+    angles = torch.tensor(degrees, dtype=torch.float64) * math.pi / 180
+    return torch.stack((angles.cos(), angles.sin()), dim=1)
+
+
+def test_instruction_drops_false_negatives_and_repeats_what_is_left() -> None:
+    query, positive = on_circle(0), on_circle(60)  # cosine 0.5, so that candidates above 0.6 are dropped
+    dropped, hard, easy = on_circle(10, 45), on_circle(55), on_circle(180)
+    e = [math.exp(x / 0.5) for x in (0.5, math.cos(55 * math.pi / 180), -1.0)]
+
+    def value(negatives: Tensor, k: int) -> float:
+        return float(losses.instruction(query, positive, negatives, temperature=0.5, k=k))
+
+    both = torch.cat((easy, dropped, hard))
+    assert value(both, 1) == pytest.approx(-math.log(e[0] / (e[0] + e[1])))
+    assert value(both, 2) == pytest.approx(-math.log(e[0] / sum(e)))
+    assert value(both, 3) == pytest.approx(-math.log(e[0] / (e[0] + 2 * e[1] + e[2])))  # the hardest comes again first
+    assert value(both, 8) == pytest.approx(-math.log(e[0] / (e[0] + 4 * e[1] + 4 * e[2])))
+
+
+def test_a_query_with_no_negative_left_costs_nothing() -> None:
+    inputs = on_circle(0), on_circle(60), on_circle(10, 45)
+    value, gradients = gradients_of(losses.instruction, inputs)
+    assert value == 0
+    assert all(not gradient.any() for gradient in gradients)
+
+
+def test_half_precision_is_not_compared_in_half_precision() -> None:
+    x = on_circle(0, 1.0, 2.0, 3.0).bfloat16()
+    exact = losses.hard_negative_info_nce(x.double(), x.double(), x[:0].double(), 50.0)
+    assert float(losses.hard_negative_info_nce(x, x, x[:0], 50.0)) == pytest.approx(float(exact), abs=1e-5)
 
 
 def test_embeddings_that_say_nothing_cost_the_logarithm_of_the_choices() -> None:
