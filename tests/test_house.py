@@ -22,6 +22,7 @@ FLOORS = [
 HOME = {
     "torch": {"backbones", "training"},
     "transformers": {"backbones", "training"},
+    "sentence_transformers": {"training"},
     "faiss": {"index"},
     "sqlite_utils": {"catalog"},
     "sqlite3": {"catalog"},
