@@ -11,7 +11,7 @@ from e5v_search.backbones.llava_next import LlavaNextEmbedder
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.config import load_recipe, parse
-from e5v_search.errors import IncompleteCheckpoint, ModelError, UsageError
+from e5v_search.errors import E5VError, IncompleteCheckpoint, ModelError, UsageError
 from e5v_search.training import loop, state
 from e5v_search.training.batches import Batches, caption_words
 from e5v_search.training.data import Photos
@@ -145,16 +145,16 @@ def test_a_run_goes_on_with_its_own_recipe_only(tmp_path: Path, data: Data) -> N
 def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, encoder: BatchEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     module = torch.nn.Linear(2, 2)
     optimiser = torch.optim.AdamW(module.parameters())
-    path = tmp_path / "state.safetensors"
-    state.save_state(path, module, optimiser, 3, "id")
+    path, learned = tmp_path / "state.safetensors", dict(module.named_parameters())
+    state.save_state(path, learned, optimiser, 3, "id")
 
     def no_space(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
-        state.save_state(path, module, optimiser, 4, "id")
-    assert state.load_state(path, module, optimiser, "id") == 3
+    with pytest.raises(E5VError, match="No space"):
+        state.save_state(path, learned, optimiser, 4, "id")
+    assert state.load_state(path, learned, optimiser, "id") == 3
 
 
 def test_divergence_stops_and_names_the_step(tmp_path: Path, data: Data) -> None:

@@ -23,6 +23,17 @@ def json_file(path: Path) -> Any:
         raise DataError(f"{path} is not JSON: {error}") from error
 
 
+def json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    """One line of a file of JSON lines."""
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}:{number}: an object is needed, not {line[:80]!r}")
+    return found
+
+
 def first_of(data: Path, places: Sequence[str], what: str) -> Path:
     """The first of `places` below `data` that exists."""
     if not data.is_dir():

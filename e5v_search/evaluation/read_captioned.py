@@ -2,13 +2,12 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from e5v_search.errors import DataError
-from e5v_search.evaluation.files import PhotoFolders, digest, first_of, json_file, text_lines
+from e5v_search.evaluation.files import PhotoFolders, digest, first_of, json_file, json_object, text_lines
 from e5v_search.evaluation.records import Caption, Captioned, Loaded, PhotoFile
 
 CAPTIONS = 5  # of a picture; COCO has six or seven of some, and the first five count
@@ -53,7 +52,7 @@ def folder(data: Path) -> Loaded:
     path = first_of(data, _OWN, "file of captions")
     photos: dict[str, int] = {}
     owners: dict[str, list[int]] = {}
-    for file, text in _own_rows(path):
+    for _, file, text in own_rows(path):
         at = photos.setdefault(file, len(photos))
         if at not in owners.setdefault(text, []):
             owners[text].append(at)
@@ -114,11 +113,11 @@ def _from_token_file(path: Path, names: Path, folders: PhotoFolders) -> Loaded:
     return Loaded(_captioned(photos), str(path), digest([path, names]))
 
 
-def _own_rows(path: Path) -> Iterator[tuple[str, str]]:
-    """(file, caption) of each row of a user's captions file."""
+def own_rows(path: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, file, caption) of each caption of a user's captions file. DataError names the line of a bad row."""
     lines = text_lines(path)
     if path.suffix == ".jsonl":
-        rows: Iterable[tuple[int, Any]] = ((n, _object(path, n, line)) for n, line in enumerate(lines, 1) if line.strip())
+        rows: Iterable[tuple[int, Any]] = ((n, json_object(path, n, line)) for n, line in enumerate(lines, 1) if line.strip())
     elif path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO("\n".join(lines)))
         rows = ((reader.line_num, row) for row in reader)
@@ -133,14 +132,4 @@ def _own_rows(path: Path) -> Iterator[tuple[str, str]]:
                 f"{path}:{number}: a row needs a file ({', '.join(_FILE_COLUMNS)}) and a caption ({', '.join(_TEXT_COLUMNS)}), "
                 f"not {str(row)[:80]}"
             )
-        yield from ((file, t) for t in texts)
-
-
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}:{number}: not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path}:{number}: an object is needed, not {line[:80]!r}")
-    return found
+        yield from ((number, file, t) for t in texts)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from e5v_search.backbones.tiles import Tiles, TileSpec, cut
 from e5v_search.scenes import draw, random_change, random_scene
-from e5v_search.training.data import Photos, Triplet
+from e5v_search.training.data import Photos, Triplet, shuffled
 from e5v_search.training.recipe import Recipe, Stage
 
 Pictures = Tensor | list[Tiles]  # base tiles (n, 3, tile, tile) uint8, or the full layout
@@ -89,16 +89,8 @@ class Batches:
         return list(itertools.accumulate(counts))
 
     def _rows(self, what: str, step: int, n: int, total: int) -> list[int]:
-        """The next n of an endless sequence of shuffled epochs."""
         first = self._starts[what][step]
-        order: dict[int, list[int]] = {}
-        rows = []
-        for position in range(first, first + n):
-            epoch, at = divmod(position, total)
-            if epoch not in order:
-                order[epoch] = random.Random(f"{self.recipe.seed}/{what}/{epoch}").sample(range(total), total)
-            rows.append(order[epoch][at])
-        return rows
+        return shuffled(f"{self.recipe.seed}/{what}", total, first, first + n)
 
     def _view(self, i: int, caption: str, stage: Stage, rng: random.Random) -> Tiles | np.ndarray:
         """One photo: a random crop, mirrored unless its caption tells left from right."""

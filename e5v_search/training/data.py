@@ -1,10 +1,12 @@
 """What training reads: photos with captions, splits, NLI triplets. A bad row is named by file and line."""
 
 import csv
+import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -38,19 +40,24 @@ def read_captions(path: Path) -> dict[str, list[str]]:
     return captions
 
 
+def triplet_rows(path: Path) -> Iterator[tuple[int, Triplet]]:
+    """NLI triplets, each with its line, from a CSV file with the columns sent0, sent1, hard_neg (SimCSE's layout)."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.reader(file)
+            header = next(rows, [])
+            if header != ["sent0", "sent1", "hard_neg"]:
+                raise UsageError(f"{path}:1: the header must be sent0,sent1,hard_neg, not {','.join(header)!r}")
+            for row in rows:
+                if len(row) != 3 or not all(cell.strip() for cell in row):
+                    raise UsageError(f"{path}:{rows.line_num}: three sentences are needed, not {row!r}")
+                yield rows.line_num, (row[0].strip(), row[1].strip(), row[2].strip())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
 def read_triplets(path: Path) -> list[Triplet]:
-    """NLI triplets from a CSV file with the columns sent0, sent1, hard_neg (SimCSE's layout)."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file)
-        header = next(rows, [])
-        if header != ["sent0", "sent1", "hard_neg"]:
-            raise UsageError(f"{path}:1: the header must be sent0,sent1,hard_neg, not {','.join(header)!r}")
-        triplets = []
-        for row in rows:
-            if len(row) != 3 or not all(cell.strip() for cell in row):
-                raise UsageError(f"{path}:{rows.line_num}: three sentences are needed, not {row!r}")
-            triplets.append((row[0].strip(), row[1].strip(), row[2].strip()))
-    return triplets
+    return [triplet for _, triplet in triplet_rows(path)]
 
 
 def tidy(caption: str) -> str:
@@ -93,6 +100,16 @@ def load_photos(folder: Path, split: str, side: int, limit: int | None = None) -
 def caption_corpus(photos: Iterable[Sequence[str]], triplets: Iterable[Triplet]) -> list[str]:
     """Every sentence that the tokenizer learns from."""
     return [caption for captions in photos for caption in captions] + [s for triplet in triplets for s in triplet]
+
+
+def shuffled(seed: str, total: int, first: int, stop: int) -> list[int]:
+    """Places `first` to `stop` of an endless sequence of epochs, each `total` items in an order of its own."""
+    return [_order(seed, epoch, total)[at] for epoch, at in (divmod(place, total) for place in range(first, stop))]
+
+
+@lru_cache(maxsize=8)
+def _order(seed: str, epoch: int, total: int) -> list[int]:
+    return random.Random(f"{seed}/{epoch}").sample(range(total), total)
 
 
 def _decode(path: Path, side: int) -> np.ndarray:

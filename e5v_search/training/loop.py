@@ -1,9 +1,7 @@
 """The run, in the order in which it happens: data, tokenizer, model, steps, measurements, checkpoint folder."""
 
 import hashlib
-import json
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from e5v_search.training.data import Photos, Triplet, caption_corpus, load_photo
 from e5v_search.training.encode import BatchEncoder
 from e5v_search.training.export import export
 from e5v_search.training.initialise import initialise, initialise_patches, initialise_words
+from e5v_search.training.log import Log, OnStep
 from e5v_search.training.measure import RunEmbedder, photo_recalls, scene_recalls, sts_file, sts_spearman
 from e5v_search.training.muon import Muon
 from e5v_search.training.objective import Objective
@@ -52,7 +51,7 @@ def load_data(folder: Path, limit: int | None = None) -> Data:
     )
 
 
-def train(recipe: Recipe, data: Data, out: Path, say: Callable[[str], None]) -> Path:
+def train(recipe: Recipe, data: Data, out: Path, say: Callable[[str], None], on_step: OnStep | None = None) -> Path:
     """Run `recipe` to its end, going on from what `out` holds; the finished checkpoint folder.
 
     Writes into `out`: tokenizer.json, state.safetensors (all that a resumed run needs), log.jsonl, model/.
@@ -74,11 +73,12 @@ def train(recipe: Recipe, data: Data, out: Path, say: Callable[[str], None]) -> 
     same = (recipe.seed, recipe.model, recipe.optimiser, len(data.photos), len(data.triplets))
     identity = hashlib.sha256(repr(same).encode()).hexdigest()
     state = out / "state.safetensors"
-    first = load_state(state, trained, optimiser, identity) if state.exists() else 0
+    learned = dict(trained.named_parameters())
+    first = load_state(state, learned, optimiser, identity) if state.exists() else 0
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{parameters:,} parameters, {len(data.photos):,} photos, steps {first} to {recipe.steps}")
 
-    log = Log(out / "log.jsonl", first, recipe.steps, say)
+    log = Log(out / "log.jsonl", first, recipe.steps, say, on_step=on_step)
     # one thread draws and crops the next batches while the model works on this one
     for step, batch in enumerate(ahead(batches.make, range(first, recipe.steps), workers=1, depth=3), first):
         rate = recipe.rate_at(step)
@@ -88,7 +88,7 @@ def train(recipe: Recipe, data: Data, out: Path, say: Callable[[str], None]) -> 
         if done % recipe.evaluate_every == 0 and done < recipe.steps:
             log.measured(done, measure(encoder, data, recipe, recipe.stage_at(step).layout, quick=True))
         if done % recipe.save_every == 0 or done == recipe.steps:
-            save_state(state, trained, optimiser, done, identity)
+            save_state(state, learned, optimiser, done, identity)
     export(model, tokenizer, out / "model")
     log.measured(recipe.steps, measure(encoder, data, recipe, recipe.stages[-1].layout, quick=False))
     return out / "model"
@@ -152,47 +152,3 @@ def measure(encoder: BatchEncoder, data: Data, recipe: Recipe, layout: str, quic
     if data.sts is not None:
         found["sts_dev"] = sts_spearman(embedder, data.sts)
     return found
-
-
-class Log:
-    """One JSON object per step and per measurement, appended; a line a person can follow now and then.
-
-    Lines of steps from `first` on, done after the last save and now repeated, are dropped.
-    """
-
-    def __init__(self, path: Path, first: int, steps: int, say: Callable[[str], None]) -> None:
-        old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in old if _before(line, first)), encoding="utf-8")
-        self.path, self.steps, self.say = path, steps, say
-        self.started = self.last = time.monotonic()
-        self.done = 0
-        self.spoke = 0.0
-
-    def step(self, step: int, stage: str, parts: dict[str, float], rate: float, pairs: int) -> None:
-        now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        self.done += 1
-        self._write({"step": step, "stage": stage, **parts, "rate": rate, "seconds": round(seconds, 3)})
-        if now - self.spoke > 15:
-            self.spoke = now
-            left = (now - self.started) / self.done * (self.steps - step - 1)
-            losses = " ".join(f"{k} {v:.3f}" for k, v in parts.items())
-            self.say(f"{stage} step {step + 1}/{self.steps}  {losses}  {pairs / seconds:.0f} pairs/s  {left / 60:.0f} min left")
-
-    def measured(self, step: int, values: dict[str, float]) -> None:
-        self._write({"step": step, "measured": values})
-        self.say(f"step {step}  " + " ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        self.last = time.monotonic()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _before(line: str, first: int) -> bool:
-    """Whether a line of the log tells of what was done before step `first`; a line that a kill cut short does not."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return False
-    return bool(entry["step"] < first + ("measured" in entry))

@@ -1,6 +1,8 @@
 """A run on disk: one safetensors file with weights, optimiser state and the step, replaced whole or not at all."""
 
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -8,25 +10,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from e5v_search.errors import IncompleteCheckpoint
+from e5v_search.errors import E5VError, IncompleteCheckpoint
+
+Weights = Mapping[str, nn.Parameter]  # what is trained, by name
 
 
-def save_state(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, step: int, identity: str) -> None:
-    """`identity` names the recipe: a run goes on only with the recipe that began it."""
-    tensors = {f"weights/{name}": value for name, value in module.state_dict().items()}
-    for name, parameter in module.named_parameters():
+def save_state(path: Path, weights: Weights, optimiser: torch.optim.Optimizer, step: int, identity: str) -> None:
+    """`identity` names the recipe: a run goes on only with the recipe that began it.
+
+    Raises E5VError when the disk does not take it; what was saved before is then still there.
+    """
+    tensors: dict[str, Tensor] = {f"weights/{name}": value for name, value in weights.items()}
+    for name, parameter in weights.items():
         for key, value in optimiser.state.get(parameter, {}).items():
             tensors[f"optimiser/{key}/{name}"] = value
     data = save({k: v.detach().contiguous() for k, v in tensors.items()}, metadata={"step": str(step), "identity": identity})
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)  # on a full disk its bytes are what is missing
+        raise E5VError(
+            f"{path} cannot be written: {error.strerror or error}; what was saved before is whole: "
+            "make room and give the same command again"
+        ) from error
 
 
-def load_state(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, identity: str) -> int:
+def load_state(path: Path, weights: Weights, optimiser: torch.optim.Optimizer, identity: str) -> int:
     """Restore in place; the step to go on with. IncompleteCheckpoint when the file is damaged or of another recipe."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -36,11 +51,15 @@ def load_state(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, 
         raise IncompleteCheckpoint(f"{path} cannot be read ({error}); delete it to begin anew") from error
     if metadata.get("identity") != identity:
         raise IncompleteCheckpoint(f"{path} is of another recipe or other data; choose another --out, or delete it")
-    module.load_state_dict({k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")})
-    parameters = dict(module.named_parameters())
+    saved = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
+    if saved.keys() != weights.keys():
+        raise IncompleteCheckpoint(f"{path} holds other weights than this model has; choose another --out, or delete it")
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            parameter.copy_(saved[name])
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
         if kind == "optimiser":
             slot, _, name = rest.partition("/")
-            optimiser.state[parameters[name]][slot] = value.to(parameters[name].device) if value.dim() else value
+            optimiser.state[weights[name]][slot] = value.to(weights[name].device) if value.dim() else value
     return int(metadata["step"])
