@@ -109,14 +109,23 @@ def read_tensor(folder: Path, *names: str) -> Tensor:
 
 
 def load_model(
-    folder: Path, config: LlavaNextConfig, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+    folder: Path,
+    config: LlavaNextConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    *,
+    sees: bool = True,
 ) -> LlavaNext:
     """The model in evaluation mode, tensor by tensor onto `device`: the whole never stands in main memory twice.
 
+    Without `sees` the model is its language model alone: nothing of the vision tower, the projector and the newline is read.
     Raises IncompleteCheckpoint for missing or misshapen tensors, MissingPackage without bitsandbytes.
     """
     with torch.device("meta"):
         model = LlavaNext(config)
+    if not sees:
+        del model.vision_tower, model.multi_modal_projector, model.image_newline
     if quantize is not None:
         _quantize_linears(model.language_model, quantize, dtype)
     wanted = dict(model.named_parameters())

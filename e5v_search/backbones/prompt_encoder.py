@@ -47,9 +47,12 @@ class PromptEncoder:
 
         Special tokens that a user writes ("<image>", "<|eot_id|>") are broken by a blank and read as plain text.
         """
-        wrapped = self.chat.replace("{}", prompt)
+        return self.fill(self.chat.replace("{}", prompt), texts)
+
+    def fill(self, template: str, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of `template` as it stands, once for each text. See `encode`."""
         safe = [self._special.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) for text in texts]
-        filled = [wrapped.replace(SENTENCE, text) for text in safe]
+        filled = [template.replace(SENTENCE, text) for text in safe]
         return [self._bos + encoding.ids for encoding in self.tokenizer.encode_batch(filled)]
 
     def around_image(self, ids: list[int]) -> tuple[list[int], list[int]]:

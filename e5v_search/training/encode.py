@@ -3,7 +3,7 @@
 Rows have no padding to the left and attention is causal, so no mask is needed anywhere (see TextDecoder).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -30,16 +30,16 @@ class BatchEncoder:
 
     def texts(self, sentences: Sequence[str], prompts: str = "retrieval") -> Tensor:
         """(n, d)"""
-        return self.last(self._embedded(self.ids(load_prompts(prompts).get("text"), sentences)))
+        return self.last(self.rows(self.ids(load_prompts(prompts).get("text"), sentences), [None] * len(sentences)))
 
     def pictures(self, features: Tensor | Sequence[Tensor], prompts: str = "retrieval") -> Tensor:
         """Visual tokens (one (n, p, d) or n of (p_i, d)) inside the image prompt -> (n, d)"""
         [ids] = self.ids(load_prompts(prompts).get("image"), [""])
-        return self.last(self._with_pictures([ids] * len(features), features))
+        return self.last(self.rows([ids] * len(features), features))
 
     def composed(self, features: Tensor | Sequence[Tensor], changes: Sequence[str], prompts: str = "cirr") -> Tensor:
         """Visual tokens with a change each -> (n, d)"""
-        return self.last(self._with_pictures(self.ids(load_prompts(prompts).get("composed"), changes), features))
+        return self.last(self.rows(self.ids(load_prompts(prompts).get("composed"), changes), features))
 
     def base_features(self, pixels: Tensor, drop: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
         """Base tiles alone: (n, 3, tile, tile) uint8 -> (n, p, d), where a share `drop` of the patches never enters."""
@@ -63,31 +63,31 @@ class BatchEncoder:
         return self.model.image_features(self.normalised(pixels), [p.size for p in pictures], [p.grid for p in pictures])
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        return (pixels.to(self.device).float() / 255 - self.mean) / self.std
+        dtype = self.model.vision_tower.embeddings.patch_embedding.weight.dtype
+        return ((pixels.to(self.device).float() / 255 - self.mean) / self.std).to(dtype)
 
     def ids(self, prompt: str, sentences: Sequence[str]) -> list[list[int]]:
-        return self.prompts.encode(prompt, [self.cut(sentence) for sentence in sentences])
+        return self.prompts.encode(prompt, self.shortened(sentences, self.max_text))
 
-    def cut(self, sentence: str) -> str:
-        if len(sentence.encode()) <= self.max_text:  # no token is shorter than a byte
+    def shortened(self, sentences: Sequence[str], tokens: int) -> list[str]:
+        """Each sentence to the end of its first `tokens` tokens."""
+        return [self._cut(sentence, tokens) for sentence in sentences]
+
+    def _cut(self, sentence: str, tokens: int) -> str:
+        if len(sentence.encode()) <= tokens:  # no token is shorter than a byte
             return sentence
         encoded = self.tokenizer.encode(sentence, add_special_tokens=False)
-        end: int = encoded.offsets[self.max_text - 1][1] if len(encoded) > self.max_text else len(sentence)
-        return sentence[:end]
+        return sentence[: encoded.offsets[tokens - 1][1]] if len(encoded) > tokens else sentence
 
-    def _embedded(self, ids: Sequence[list[int]]) -> list[Tensor]:
+    def rows(self, ids: Sequence[list[int]], visual: Iterable[Tensor | None]) -> list[Tensor]:
+        """Input embeddings (t_i, d) of each row: its ids, in the place of the image id its visual tokens."""
+        both = list(zip(ids, visual, strict=True))
+        # the image id itself is never looked up: it may lie outside the table
+        parts = [part for row, v in both for part in ([row] if v is None else self.prompts.around_image(row))]
         # one look-up for all rows: each look-up's gradient is as large as the whole table
-        flat = torch.tensor([token for row in ids for token in row], device=self.device)
-        rows: tuple[Tensor, ...] = self.model.language_model.embed_tokens(flat).split([len(row) for row in ids])
-        return list(rows)
-
-    def _with_pictures(self, ids: Sequence[list[int]], features: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        image = self.model.config.image_token_id
-        rows = []
-        for row, embedded, visual in zip(ids, self._embedded(ids), features, strict=True):
-            at = row.index(image)
-            rows.append(torch.cat((embedded[:at], visual, embedded[at + 1 :])))
-        return rows
+        flat = torch.tensor([token for part in parts for token in part], device=self.device)
+        words = iter(self.model.language_model.embed_tokens(flat).split([len(part) for part in parts]))
+        return [next(words) if v is None else torch.cat((next(words), v, next(words))) for _, v in both]
 
     def last(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of input embeddings (t_i, d) -> (n, d)"""
