@@ -257,6 +257,19 @@ class TextDecoder(nn.Module):
                 x = through(i, x)
         return x
 
+    def states(self, x: Tensor) -> Tensor:
+        """(b, t, d) input embeddings -> (b, t, d), the state at every position after the final norm: for training."""
+        rotation = self.rotation(torch.arange(x.shape[1], device=x.device)[None], x)
+
+        def through(i: int, x: Tensor) -> Tensor:
+            layer = cast(TextLayer, self.layers[i])
+            h = layer.input_layernorm(x)
+            y: Tensor = layer(x, h, *layer.self_attn.keys_values(h, rotation), rotation, None)
+            return y
+
+        y: Tensor = self.norm(self.in_turn(through, x))
+        return y
+
     def prefill(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """(b, t, d) input embeddings, of which `lengths` are real -> each row's keys and values, a tensor of its own."""
         rotation = self.rotation(torch.arange(x.shape[1], device=x.device)[None], x)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from e5v_search.backbones.tiles import Tiles, TileSpec, cut
 from e5v_search.scenes import draw, random_change, random_scene
-from e5v_search.training.data import Photos, Triplet, shuffled
+from e5v_search.training.data import Photos, Triplet, caption_corpus, shuffled
 from e5v_search.training.recipe import Recipe, Stage
 
 Pictures = Tensor | list[Tiles]  # base tiles (n, 3, tile, tile) uint8, or the full layout
@@ -26,11 +26,13 @@ _ASPECTS = (1.0, 1.0, 4 / 3, 3 / 2, 3 / 4, 2 / 3)
 
 @dataclass(frozen=True)
 class Batch:
-    """n photos with a caption each and the words of all their captions (n, vocabulary); m scenes before and after a
-    change, with captions of both; k triplets. Scenes and triplets are empty in most steps when they join only some."""
+    """n photos with a caption each, another caption each and the words of all their captions (n, vocabulary); m scenes
+    before and after a change, with captions of both; k triplets; bare sentences. Scenes and triplets are empty in most steps
+    when they join only some, sentences where no language is modelled."""
 
     photos: Pictures
     captions: list[str]
+    others: list[str]
     words: Tensor
     scenes: Pictures
     changed: Pictures
@@ -38,6 +40,7 @@ class Batch:
     changed_captions: list[str]
     changes: list[str]
     triplets: list[Triplet]
+    bare: list[str]
 
 
 class Batches:
@@ -45,11 +48,12 @@ class Batches:
 
     def __init__(self, recipe: Recipe, photos: Photos, triplets: Sequence[Triplet], tokenizer: Tokenizer) -> None:
         self.recipe, self.photos, self.triplets = recipe, photos, triplets
+        self.bare = caption_corpus(photos.captions, triplets)
         self.spec: TileSpec = recipe.model.tiles()
         self.words = caption_words(photos.captions, tokenizer)
         self._vocabulary = recipe.model.decoder.vocabulary  # rows of the table; a small corpus may fill fewer
         self.log_prior = _log_prior(self.words, self._vocabulary)
-        self._starts = {"photos": self._seen("photos"), "triplets": self._seen("triplets")}
+        self._starts = {what: self._seen(what) for what in ("photos", "triplets", "bare")}
 
     def make(self, step: int) -> Batch:
         stage = self.recipe.stage_at(step)
@@ -69,9 +73,14 @@ class Batches:
             size = _size(224, rng) if stage.layout == "full" else (224, 224)
             pictures.append(self._prepare(draw(scene, rng, size), stage))
         triplets = self._rows("triplets", step, stage.triplets, len(self.triplets)) if aside else []
+        others = [
+            rng.choice([c for c in self.photos.captions[i] if c != own] or [own]) for i, own in zip(rows, captions, strict=True)
+        ]
+        bare = self._rows("bare", step, stage.bare, len(self.bare)) if stage.weights.language else []
         return Batch(
             photos=_together(photos),
             captions=captions,
+            others=others,
             words=words,
             scenes=_together(pictures[: len(before)]),
             changed=_together(pictures[len(before) :]),
@@ -79,6 +88,7 @@ class Batches:
             changed_captions=[scene.caption(rng) for _, scene in changes],
             changes=[text for text, _ in changes],
             triplets=[self.triplets[i] for i in triplets],
+            bare=[self.bare[i] for i in bare],
         )
 
     def _seen(self, what: str) -> list[int]:

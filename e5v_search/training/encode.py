@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from e5v_search.backbones.batches import Batches
 from e5v_search.backbones.modules import LlavaNext
@@ -15,6 +15,7 @@ from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.backbones.tiles import Tiles
 from e5v_search.prompts import load_prompts
 from e5v_search.training.export import MEAN, STD
+from e5v_search.training.tokenizer import BOS, EOS, PAD
 
 
 class BatchEncoder:
@@ -40,6 +41,24 @@ class BatchEncoder:
     def composed(self, features: Tensor | Sequence[Tensor], changes: Sequence[str], prompts: str = "cirr") -> Tensor:
         """Visual tokens with a change each -> (n, d)"""
         return self.last(self.rows(self.ids(load_prompts(prompts).get("composed"), changes), features))
+
+    def bare_tokens(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Language modelling of bare sentences: the states (m, d) before each token and those tokens (m,). The last token
+        of each says that the text ends.
+        """
+        begin = self._embedded([[self.prompts.id(BOS)]] * len(sentences))
+        return self._before_tokens(begin, sentences, EOS)
+
+    def caption_tokens(self, features: Tensor | Sequence[Tensor], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Pictures asked for a summary, and their captions as answers: as `bare_tokens`, of the answers."""
+        [ids] = self.ids(load_prompts("prompt").get("image"), [""])
+        rows = self._with_pictures([ids] * len(features), features)
+        return self._before_tokens(rows, [f" {caption}" for caption in captions], PAD)
+
+    def paraphrase_tokens(self, sentences: Sequence[str], others: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Sentences asked for a summary, and others that say the same as answers: as `bare_tokens`, of the answers."""
+        rows = self._embedded(self.ids(load_prompts("prompt").get("text"), sentences))
+        return self._before_tokens(rows, [f" {other}" for other in others], PAD)
 
     def base_features(self, pixels: Tensor, drop: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
         """Base tiles alone: (n, 3, tile, tile) uint8 -> (n, p, d), where a share `drop` of the patches never enters."""
@@ -95,3 +114,16 @@ class BatchEncoder:
         hidden = torch.cat([self.model.last_hidden([rows[i] for i in chunk]) for chunk in chunks])
         back = torch.tensor([i for chunk in chunks for i in chunk], device=hidden.device).argsort()
         return hidden[back]
+
+    def _before_tokens(self, rows: Sequence[Tensor], answers: Sequence[str], end: str) -> tuple[Tensor, Tensor]:
+        """Rows (t_i, d) of input embeddings, each gone on with by its answer and `end`."""
+        texts = [self.cut(answer) for answer in answers]
+        ids = [[*e.ids, self.prompts.id(end)] for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        # the last token is only foretold
+        inputs = [torch.cat((row, own)) for row, own in zip(rows, self._embedded([own[:-1] for own in ids]), strict=True)]
+        hidden, tokens = [], []
+        for chunk in self.batches.cut(range(len(inputs)), lambda i: len(inputs[i])):
+            states = self.model.language_model.states(nn.utils.rnn.pad_sequence([inputs[i] for i in chunk], batch_first=True))
+            hidden += [states[k, len(rows[i]) - 1 : len(inputs[i])] for k, i in enumerate(chunk)]
+            tokens += [token for i in chunk for token in ids[i]]
+        return torch.cat(hidden), torch.tensor(tokens, device=self.device)

@@ -89,6 +89,11 @@ def bag_of_words(hidden: Tensor, table: Tensor, words: Tensor, log_prior: Tensor
     return -(words * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
+def next_token(hidden: Tensor, table: Tensor, tokens: Tensor) -> Tensor:
+    """Language modelling: the state before each token is to name it. hidden (n, d); table (vocabulary, d); tokens (n,)."""
+    return F.cross_entropy(hidden @ table.T, tokens)
+
+
 def _unit(x: Tensor) -> Tensor:
     # bfloat16 tells cosines near 1 apart by 1/256: a fifth, once divided by a temperature of 0.02
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

@@ -24,14 +24,28 @@ class Objective(nn.Module):
         weights = stage.weights
         scale = self.log_scale.exp().clamp(max=_MAX_SCALE)
         parts = {}
+        table = self.encoder.model.language_model.embed_tokens.weight
+        if weights.photos or weights.words or weights.captioning:
+            features = self._features(batch.photos, stage, generator)
+        # a photo that is captioned is not named too: so more photos are seen for the same work
+        n = len(batch.captions) // 2 if weights.captioning else len(batch.captions)
         if weights.photos or weights.words:
-            images = self.encoder.pictures(self._features(batch.photos, stage, generator))
-            captions = self.encoder.texts(batch.captions)
-            parts["photos"] = losses.symmetric_info_nce(images, captions, scale)
+            images, captions = self.encoder.pictures(features[:n]), self.encoder.texts(batch.captions[:n])
+            if weights.photos:
+                parts["photos"] = losses.symmetric_info_nce(images, captions, scale)
             if weights.words:
-                table = self.encoder.model.language_model.embed_tokens.weight
-                named = [losses.bag_of_words(h, table, batch.words, self.log_prior) for h in (images, captions)]
+                named = [losses.bag_of_words(h, table, batch.words[:n], self.log_prior) for h in (images, captions)]
                 parts["words"] = torch.stack(named).mean()
+        if weights.captioning:
+            answers = (
+                self.encoder.caption_tokens(features[n:], batch.captions[n:]),
+                self.encoder.paraphrase_tokens(batch.captions[n:], batch.others[n:]),
+            )
+            hidden, tokens = (torch.cat(some) for some in zip(*answers, strict=True))
+            parts["captioning"] = losses.next_token(hidden, table, tokens)
+        if batch.bare:
+            hidden, tokens = self.encoder.bare_tokens(batch.bare)
+            parts["language"] = losses.next_token(hidden, table, tokens)
         if batch.changes and (weights.scenes or weights.changes):
             parts |= self._scenes(batch, stage, scale, generator)
         if batch.triplets and weights.nli:

@@ -83,6 +83,8 @@ class Weights:
     scenes: float = 0.0
     changes: float = 0.0
     nli: float = 0.0
+    language: float = 0.0
+    captioning: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Stage:
     photos: int = 128  # photo-caption pairs per step
     scenes: int = 24  # scenes per step, each with a change
     triplets: int = 32
+    bare: int = 32  # sentences by themselves, for `language`
     aside_every: int = 1  # scenes and triplets join every so many steps
     freeze_vision: bool = False  # the vision tower alone; the projector learns on
     drop: float = 0.0  # share of patches left out, before the vision tower
@@ -103,7 +106,7 @@ class Stage:
     weights: Weights = field(default_factory=Weights)
 
     def problems(self) -> list[str]:
-        counts = ("steps", "photos", "scenes", "triplets", "aside_every")
+        counts = ("steps", "photos", "scenes", "triplets", "bare", "aside_every")
         found = [f"{k}: must be positive" for k in counts if getattr(self, k) < 1]
         if not 0 <= self.drop < 1:
             found.append("drop: must lie in [0, 1)")
