@@ -19,6 +19,7 @@ from e5v_search.training.encode import BatchEncoder
 from e5v_search.training.initialise import initialise
 from e5v_search.training.loop import Data, train
 from e5v_search.training.measure import recalls, sts_spearman
+from e5v_search.training.objective import Objective
 from e5v_search.training.recipe import Recipe
 from e5v_search.training.tokenizer import IMAGE, train_tokenizer
 
@@ -28,8 +29,8 @@ WORDS = ("red", "green", "blue", "small", "large", "round", "flat", "wet")
 
 def tiny_recipe(**changes: object) -> Recipe:
     """Two stages, both layouts, every part of the loss; a model of some thousand weights."""
-    weights = {"photos": 1.0, "words": 0.3, "scenes": 0.5, "changes": 0.5, "nli": 0.2}
-    stage = {"steps": 2, "photos": 4, "scenes": 2, "triplets": 2, "weights": weights}
+    weights = {"photos": 1.0, "words": 0.3, "scenes": 0.5, "changes": 0.5, "nli": 0.2, "language": 0.1, "captioning": 0.1}
+    stage = {"steps": 2, "photos": 4, "scenes": 2, "triplets": 2, "bare": 3, "weights": weights}
     data: dict[str, object] = {
         "name": "tiny",
         "save_every": 2,
@@ -91,6 +92,8 @@ def test_all_problems_of_a_recipe_are_named_at_once() -> None:
         assert part in str(raised.value)
     with pytest.raises(UsageError, match=r"stages\[0\].steps: must be positive.*drop: must lie.*crop: must lie"):
         tiny_recipe(stages=[{"name": "x", "steps": 0, "drop": 1.0, "crop": 0}])
+    with pytest.raises(UsageError, match="photos: two at least"):
+        tiny_recipe(stages=[{"name": "x", "steps": 1, "photos": 1, "weights": {"captioning": 1.0}}])
     with pytest.raises(UsageError, match="only on the base tile"):
         tiny_recipe(stages=[{"name": "x", "steps": 1, "layout": "full", "drop": 0.5}])
 
@@ -192,6 +195,60 @@ def test_a_batch_gives_what_single_rows_give(encoder: BatchEncoder) -> None:
         whole = encoder.texts(["a red thing", "a thing that is rather large and green"])
         single = torch.cat([encoder.texts([s]) for s in ["a red thing", "a thing that is rather large and green"]])
         assert torch.allclose(whole, single, atol=1e-5)
+
+
+def test_the_states_of_all_positions_are_those_of_single_rows(encoder: BatchEncoder) -> None:
+    rows = [torch.randn(n, 16, generator=torch.Generator().manual_seed(n)) for n in (3, 7)]
+    with torch.no_grad():
+        states = encoder.model.language_model.states(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        for row, found in zip(rows, states, strict=True):
+            single = encoder.model.last_hidden([row[: n + 1] for n in range(len(row))])
+            assert torch.allclose(found[: len(row)], single, atol=1e-5)
+
+
+def test_bare_sentences_begin_and_end(encoder: BatchEncoder) -> None:
+    sentences = ["a large round thing", "wet", "a green thing number 3"]
+    ids = [[*encoder.tokenizer.encode(s).ids, encoder.prompts.id("<|end_of_text|>")] for s in sentences]
+    with torch.no_grad():
+        hidden, tokens = encoder.bare_tokens(sentences)
+        singles = [encoder.bare_tokens([s]) for s in sentences]
+    assert sorted(tokens.tolist()) == sorted(i for row in ids for i in row[1:])
+    for (states, own), row in zip(singles, ids, strict=True):
+        assert own.tolist() == row[1:]
+        at = next(i for i in range(len(tokens)) if tokens[i : i + len(own)].tolist() == own.tolist())
+        assert torch.allclose(hidden[at : at + len(own)], states, atol=1e-5)
+
+
+def test_answers_follow_their_prompts(encoder: BatchEncoder) -> None:
+    """The state that foretells an answer's first token is the embedding by the same prompt."""
+    pixels = torch.randint(0, 255, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = encoder.base_features(pixels)
+        of_picture, said = encoder.caption_tokens(features, ["a wet thing"])
+        of_sentence, again = encoder.paraphrase_tokens(["something wet"], ["a wet thing"])
+        assert torch.allclose(of_picture[0], encoder.pictures(features, "prompt")[0], atol=1e-5)
+        assert torch.allclose(of_sentence[0], encoder.texts(["something wet"], "prompt")[0], atol=1e-5)
+    assert torch.equal(said, again)
+    assert encoder.tokenizer.decode(said.tolist(), skip_special_tokens=False) == " a wet thing<|eot_id|>"
+
+
+def test_a_stage_that_tells_no_pairs_apart_has_no_contrastive_part(data: Data, encoder: BatchEncoder) -> None:
+    weights = {"photos": 0.0, "words": 1.0, "captioning": 1.0, "language": 1.0}
+    recipe = tiny_recipe(stages=[{"name": "x", "steps": 1, "photos": 6, "bare": 2, "aside_every": 9, "weights": weights}])
+    batches = Batches(recipe, data.photos, data.triplets, encoder.tokenizer)
+    batch, stage = batches.make(0), recipe.stages[0]
+    for one, other in zip(batch.captions, batch.others, strict=True):
+        assert one != other
+        assert any({one, other} <= set(captions) for captions in data.photos.captions)
+    objective = Objective(recipe, encoder, batches.log_prior)
+    parts = objective(batch, stage, torch.Generator().manual_seed(0))
+    assert set(parts) == {"words", "captioning", "language"}
+    assert float(parts["language"].detach()) == pytest.approx(np.log(600), rel=0.1)  # random weights know nothing
+    objective.total(parts, stage).backward()
+    assert objective.log_scale.grad is None
+    for part in (encoder.model.vision_tower, encoder.model.language_model):
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in part.parameters())
+    encoder.model.zero_grad()
 
 
 def test_dropped_patches_never_enter(encoder: BatchEncoder) -> None:

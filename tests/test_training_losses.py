@@ -168,6 +168,14 @@ def test_embeddings_that_say_nothing_cost_the_logarithm_of_the_choices() -> None
     assert float(losses.hard_negative_info_nce(zero, zero, zero, 20.0)) == pytest.approx(math.log(12))
 
 
+def test_next_token_equals_plain_loops(three: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, table, _ = three
+    tokens = torch.tensor([2, 0, 6, 6, 1, 5, 3])
+    logits = (hidden @ table.T).tolist()
+    expected = -sum(log_softmax_at(row, int(t)) for row, t in zip(logits, tokens, strict=True)) / 7
+    assert float(losses.next_token(hidden, table, tokens)) == pytest.approx(expected, abs=1e-6)
+
+
 def test_bag_of_words_equals_plain_loops(three: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, table, _ = three
     words = torch.rand(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

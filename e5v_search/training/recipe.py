@@ -112,6 +112,8 @@ class Stage:
             found.append("drop: must lie in [0, 1)")
         if not 0 < self.crop <= 1:
             found.append("crop: must lie in (0, 1]")
+        if self.weights.captioning and self.photos < 2:
+            found.append("photos: two at least, one to name and one to caption")
         if self.layout == "full" and self.drop:
             found.append("drop: only on the base tile; a full layout keeps all its patches")
         return found
