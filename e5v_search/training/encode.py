@@ -46,18 +46,18 @@ class BatchEncoder:
         """Language modelling of bare sentences: the states (m, d) before each token and those tokens (m,). The last token
         of each says that the text ends.
         """
-        begin = self._embedded([[self.prompts.id(BOS)]] * len(sentences))
+        begin = self.rows([[self.prompts.id(BOS)]] * len(sentences), [None] * len(sentences))
         return self._before_tokens(begin, sentences, EOS)
 
     def caption_tokens(self, features: Tensor | Sequence[Tensor], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Pictures asked for a summary, and their captions as answers: as `bare_tokens`, of the answers."""
         [ids] = self.ids(load_prompts("prompt").get("image"), [""])
-        rows = self._with_pictures([ids] * len(features), features)
+        rows = self.rows([ids] * len(features), features)
         return self._before_tokens(rows, [f" {caption}" for caption in captions], PAD)
 
     def paraphrase_tokens(self, sentences: Sequence[str], others: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Sentences asked for a summary, and others that say the same as answers: as `bare_tokens`, of the answers."""
-        rows = self._embedded(self.ids(load_prompts("prompt").get("text"), sentences))
+        rows = self.rows(self.ids(load_prompts("prompt").get("text"), sentences), [None] * len(sentences))
         return self._before_tokens(rows, [f" {other}" for other in others], PAD)
 
     def base_features(self, pixels: Tensor, drop: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
@@ -117,10 +117,11 @@ class BatchEncoder:
 
     def _before_tokens(self, rows: Sequence[Tensor], answers: Sequence[str], end: str) -> tuple[Tensor, Tensor]:
         """Rows (t_i, d) of input embeddings, each gone on with by its answer and `end`."""
-        texts = [self.cut(answer) for answer in answers]
+        texts = self.shortened(answers, self.max_text)
         ids = [[*e.ids, self.prompts.id(end)] for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
         # the last token is only foretold
-        inputs = [torch.cat((row, own)) for row, own in zip(rows, self._embedded([own[:-1] for own in ids]), strict=True)]
+        words = self.rows([own[:-1] for own in ids], [None] * len(ids))
+        inputs = [torch.cat((row, own)) for row, own in zip(rows, words, strict=True)]
         hidden, tokens = [], []
         for chunk in self.batches.cut(range(len(inputs)), lambda i: len(inputs[i])):
             states = self.model.language_model.states(nn.utils.rnn.pad_sequence([inputs[i] for i in chunk], batch_first=True))
