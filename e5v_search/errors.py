@@ -127,6 +127,9 @@ class DiskFull(CollectionError):
     pass
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the operating system answers when there is no room
+
+
 def disk_full(path: Path) -> DiskFull:
     return DiskFull(
         f"no space left on the disk of {path}; what was committed before is kept and can be searched: "
@@ -140,7 +143,7 @@ def read_only(folder: Path) -> CollectionReadOnly:
 
 def from_os_error(error: OSError, path: Path) -> CollectionError:
     """What the operating system answered when `path`, a file of a collection, was to be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL:
         return disk_full(path)
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return read_only(path.parent)

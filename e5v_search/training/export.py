@@ -1,6 +1,7 @@
 """Write a trained model as a checkpoint folder that this program and transformers open."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,26 @@ def export(model: LlavaNext, tokenizer: Tokenizer, folder: Path, dtype: torch.dt
     config = model.config
     _write(folder / "config.json", _config(config, tokenizer, dtype))
     _write(folder / "tokenizer_config.json", _tokenizer_config(config))
-    image = _image_processor(config)
+    write_processor(folder, config, image_processor(config))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tensors = {k: v.detach().to(dtype).contiguous() for k, v in _published_names(model).items()}
+    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def write_processor(folder: Path, config: LlavaNextConfig, image: Mapping[str, Any]) -> None:
+    """The files on preprocessing. Without them transformers cannot take a picture."""
     _write(folder / "preprocessor_config.json", {**image, "processor_class": "LlavaNextProcessor"})
-    vision = config.vision_config
     _write(
         folder / "processor_config.json",
         {
             "processor_class": "LlavaNextProcessor",
-            "image_processor": image,
+            "image_processor": dict(image),
             "image_token": IMAGE,
-            "patch_size": vision.patch_size,
+            "patch_size": config.vision_config.patch_size,
             "num_additional_image_tokens": 1,
             "vision_feature_select_strategy": config.vision_feature_select_strategy,
         },
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tensors = {k: v.detach().to(dtype).contiguous() for k, v in _published_names(model).items()}
-    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def _published_names(model: LlavaNext) -> dict[str, Tensor]:
@@ -126,7 +130,8 @@ def _tokenizer_config(config: LlavaNextConfig) -> dict[str, Any]:
     }
 
 
-def _image_processor(config: LlavaNextConfig) -> dict[str, Any]:
+def image_processor(config: LlavaNextConfig) -> dict[str, Any]:
+    """How pictures are prepared for a checkpoint that does not say so."""
     tile = config.vision_config.image_size
     return {
         "image_processor_type": "LlavaNextImageProcessor",
