@@ -23,8 +23,9 @@ class PromptEncoder:
         self.tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])  # no change where it is
         self.image_id = self.id(IMAGE)
         self.max_tokens = config.text_config.max_tokens
-        specials = sorted((t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special), key=len)
-        self._special = re.compile("|".join(map(re.escape, reversed(specials))))
+        specials = (t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special)
+        self.specials = sorted(specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, self.specials)))
         added = bos is None or tokenizer.encode("a").ids[:1] == [self.id(bos)]
         self._bos = [] if bos is None or added else [self.id(bos)]
 

@@ -64,7 +64,7 @@ def _write_tuned(source: registry.Source, out: Path, change: Change, how: str) -
     with new_folder(out) as folder:
         write_model(source, folder, change)
         with replacing(folder / "README.md") as card:
-            card.write(_card(source, out.name, how).encode())
+            card.write(card_text(source, out.name, how).encode())
 
 
 def write_model(source: registry.Source, folder: Path, change: Change) -> None:
@@ -130,7 +130,8 @@ def _companions(folder: Path) -> list[Path]:
     return [path for path in files if path.name != "README.md" and not path.name.startswith(".")]
 
 
-def _card(source: registry.Source, name: str, how: str) -> str:
+def card_text(source: registry.Source, name: str, how: str) -> str:
+    """A model card: what the weights are, and whose licence holds."""
     base = source.folder.name if source.name == "local" else source.name
     known = registry.KNOWN.get(source.name)
     licence = f" ({known.licence})" if known else ""

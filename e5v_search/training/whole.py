@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +26,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
         _sync(path.parent)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise _worded(error, path) from error
         raise
@@ -61,7 +62,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any] | Sequence[Any]) -> None:
     """See `replacing`."""
     with replacing(path) as file:
         file.write(json.dumps(data, indent=2).encode() + b"\n")
