@@ -25,13 +25,18 @@ def load_recipe(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) 
 
     Raises UsageError: one line with every problem found, each with the key that it is about.
     """
+    return parse(kind, read_table(path, overrides), f"recipe {path}")
+
+
+def read_table(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe's keys, with those that `overrides` replace, before anything is asked of them."""
     try:
         data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"recipe {path}: {error}") from error
     for override in overrides:
         _override(data, override)
-    return parse(kind, data, f"recipe {path}")
+    return data
 
 
 def parse(kind: type[T], data: Mapping[str, Any], where: str) -> T:

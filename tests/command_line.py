@@ -64,3 +64,14 @@ def write_photos(folder: Path, n: int, first: int = 0) -> list[Path]:
     for i, path in enumerate(paths, start=first):
         pictures.photo(60 + i % 7, 40 + i % 5, seed=i).save(path, quality=90)
     return paths
+
+
+def write_recipe(folder: Path) -> None:
+    """recipe.toml, which tunes e5v-tiny for a moment, and nli.csv, which it learns from."""
+    words = ("dog", "cat", "car", "boat")
+    rows = ("sent0,sent1,hard_neg", *(f"a {word} in the snow,a {word},no {word}" for word in words))
+    (folder / "nli.csv").write_text("\n".join(rows))
+    (folder / "recipe.toml").write_text(
+        'name = "mine"\nmodel = "e5v-tiny"\nbatch = 2\nsteps = 2\nrate = 1e-3\nlora = { rank = 2 }\n'
+        'examples = { kind = "triplets", file = "nli.csv" }\n'
+    )

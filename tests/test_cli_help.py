@@ -14,7 +14,7 @@ import click
 import numpy as np
 import pictures
 import pytest
-from command_line import follow_and_stop, run, write_opener, write_photos
+from command_line import follow_and_stop, run, write_opener, write_photos, write_recipe
 from PIL import ExifTags, Image
 
 from e5v_search.cli import cli
@@ -66,6 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (base / "photos/captions.csv").write_text("file,caption\n0000.jpg,a dog\n0001.jpg,a cat\n0002.jpg,a house\n")
     change = {"image": "dog.jpg", "text": "make it a cat"}
     (base / "changes.jsonl").write_text(json.dumps(change) + "\n")
+    write_recipe(base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("E5V_HOME", str(base / "home"))
         write_opener(base / "bin")

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from command_line import follow_and_stop, write_opener
+from command_line import follow_and_stop, write_opener, write_recipe
 
 from e5v_search.cli import cli
 
@@ -43,6 +43,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "Notes").mkdir()
     (tmp_path / "Notes/trip.md").write_text("# Trip\n\nWe went to the sea.\n")
     (tmp_path / "changes.jsonl").write_text('{"image": "cat.jpg", "text": "at night"}\n')
+    write_recipe(tmp_path)
     write_opener(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
@@ -113,6 +114,14 @@ def test_toml_of_the_pages_is_a_prompt_set(tmp_path: Path) -> None:
     path.write_text(block)
     prompts = load_prompts(path)
     assert (prompts.text, prompts.composed) == (PROMPT_SETS["retrieval"].text, PROMPT_SETS["cirr"].composed)
+
+
+def test_toml_of_the_training_page_is_a_recipe(tmp_path: Path) -> None:
+    from e5v_search.training.recipes import read_recipe
+
+    [block] = blocks(ROOT / "docs/train.md", "toml")
+    (tmp_path / "recipe.toml").write_text(block)
+    assert read_recipe(tmp_path / "recipe.toml").name == "mine"
 
 
 def test_every_option_is_shown_in_the_pages() -> None:

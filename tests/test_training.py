@@ -11,7 +11,7 @@ from e5v_search.backbones.llava_next import LlavaNextEmbedder
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.config import load_recipe, parse
-from e5v_search.errors import E5VError, IncompleteCheckpoint, ModelError, UsageError
+from e5v_search.errors import DiskFull, IncompleteCheckpoint, ModelError, UsageError
 from e5v_search.training import loop, state
 from e5v_search.training.batches import Batches, caption_words
 from e5v_search.training.data import Photos
@@ -75,7 +75,7 @@ def quiet(_: str) -> None:
 
 def test_every_recipe_parses() -> None:
     assert RECIPES
-    for path in RECIPES:
+    for path in (path for path in RECIPES if "[[stages]]" in path.read_text()):
         recipe = load_recipe(Recipe, path)
         assert recipe.name == path.stem
         assert recipe.rate_at(recipe.steps - 1) > 0
@@ -155,7 +155,7 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path, encoder: BatchEnc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(E5VError, match="No space"):
+    with pytest.raises(DiskFull, match="no space"):
         state.save_state(path, learned, optimiser, 4, "id")
     assert state.load_state(path, learned, optimiser, "id") == 3
 

@@ -27,6 +27,7 @@ from e5v_search.cli.models import models
 from e5v_search.cli.options import DEBUG, debug_option, examples
 from e5v_search.cli.printing import printable
 from e5v_search.cli.search import search
+from e5v_search.cli.train import train
 from e5v_search.cli.transfer import export, import_
 from e5v_search.errors import E5VError
 
@@ -97,6 +98,7 @@ for _command in (
     import_,
     embed,
     evaluate,
+    train,
     models,
     doctor,
 ):

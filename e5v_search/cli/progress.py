@@ -2,12 +2,13 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Self
 
 import click
 
-from e5v_search.cli.printing import count
+from e5v_search.cli.printing import count, printable
 
 _LINE_SECONDS = 10.0
 
@@ -30,11 +31,25 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(printable(text), markup=False, highlight=False)
+        elif not self._quiet:
+            click.echo(printable(text), err=True)
+
+    @property
+    def show(self) -> Callable[[int, int, str], None] | None:
+        """Where there is a bar: a function of what is done, of how much, and what the bar is to tell."""
+        return None if self._bar is None else self._show
+
+    def _show(self, done: int, total: int, told: str) -> None:
+        self._bar.update(self._task, completed=done, total=total, told=told)
+
     def update(self, done: int, total: int, failed: int = 0) -> None:
         done = min(done, total)  # files that appear while one looks
         if self._bar is not None:
-            told = self._told(done, total, self._bar.tasks[self._task].speed or 0.0, failed)
-            self._bar.update(self._task, completed=done, total=total, told=told)
+            self._show(done, total, self._told(done, total, self._bar.tasks[self._task].speed or 0.0, failed))
         elif not self._quiet:
             self._line(done, total, failed)
 

@@ -10,6 +10,7 @@ from e5v_search.errors import MissingPackage
 
 _SPEAK_SECONDS = 15.0
 
+Say = Callable[[str], None]
 OnStep = Callable[[int, int, str], None]  # steps done, of so many, and what there is to say
 
 
@@ -17,7 +18,8 @@ class Log:
     """One JSON object per step and per measurement, appended. Lines of steps from `first` on, done after the last save
     and now repeated, are dropped.
 
-    Every step goes to `on_step` where there is one, for a bar; else a line goes to `say` now and then.
+    Every step goes to `on_step` where there is one, for a bar; else a line goes to `say` now and then. Of several
+    processes one `writes`.
     """
 
     def __init__(
@@ -25,16 +27,19 @@ class Log:
         path: Path,
         first: int,
         steps: int,
-        say: Callable[[str], None],
+        say: Say,
         *,
         on_step: OnStep | None = None,
         board: Path | None = None,
         unit: str = "pairs",
+        writes: bool = True,
     ) -> None:
-        old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in old if _before(line, first)), encoding="utf-8")
+        self.writes = writes
+        if writes and path.exists():
+            old = path.read_text(encoding="utf-8").splitlines()
+            path.write_text("".join(f"{line}\n" for line in old if _before(line, first)), encoding="utf-8")
         self.path, self.steps, self.say, self.on_step, self.unit = path, steps, say, on_step, unit
-        self.board = None if board is None else _board(board, first)
+        self.board = None if board is None or not writes else _board(board, first)
         self.started = self.last = time.monotonic()
         self.done = 0
         self.spoke = 0.0
@@ -44,11 +49,13 @@ class Log:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         self.done += 1
-        self._write({"step": step, "stage": stage, **parts, "rate": rate, "seconds": round(seconds, 3)})
+        where = {"stage": stage} if stage else {}
+        self._write({"step": step, **where, **parts, "rate": rate, "seconds": round(seconds, 3)})
         self._scalars(step, parts | {"rate": rate, f"{self.unit} per second": n / seconds})
         left = (now - self.started) / self.done * (self.steps - step - 1)
         numbers = " ".join(f"{k} {v:.3f}" for k, v in parts.items())
-        text = f"{stage} step {step + 1}/{self.steps}  {numbers}  {n / seconds:.0f} {self.unit}/s  {duration(left)} left"
+        speed = f"{n / seconds:.0f} {self.unit}/s  {left / 60:.0f} min left"
+        text = f"{stage} step {step + 1}/{self.steps}  {numbers}  {speed}".lstrip()
         if self.on_step is not None:
             self.on_step(step + 1, self.steps, text)
         elif now - self.spoke > _SPEAK_SECONDS:
@@ -70,6 +77,8 @@ class Log:
             self.board.close()
 
     def _write(self, line: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -77,13 +86,6 @@ class Log:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
-
-
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _board(folder: Path, first: int) -> Any:

@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from e5v_search.training.data import Photos, Triplet, caption_corpus, load_photo
 from e5v_search.training.encode import BatchEncoder
 from e5v_search.training.export import export
 from e5v_search.training.initialise import initialise, initialise_patches, initialise_words
-from e5v_search.training.log import Log, OnStep
+from e5v_search.training.log import Log, OnStep, Say
 from e5v_search.training.measure import RunEmbedder, photo_recalls, scene_recalls, sts_file, sts_spearman
 from e5v_search.training.muon import Muon
 from e5v_search.training.objective import Objective
@@ -51,7 +50,7 @@ def load_data(folder: Path, limit: int | None = None) -> Data:
     )
 
 
-def train(recipe: Recipe, data: Data, out: Path, say: Callable[[str], None], on_step: OnStep | None = None) -> Path:
+def train(recipe: Recipe, data: Data, out: Path, say: Say, on_step: OnStep | None = None, board: bool = False) -> Path:
     """Run `recipe` to its end, going on from what `out` holds; the finished checkpoint folder.
 
     Writes into `out`: tokenizer.json, state.safetensors (all that a resumed run needs), log.jsonl, model/.
@@ -78,7 +77,7 @@ def train(recipe: Recipe, data: Data, out: Path, say: Callable[[str], None], on_
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{parameters:,} parameters, {len(data.photos):,} photos, steps {first} to {recipe.steps}")
 
-    log = Log(out / "log.jsonl", first, recipe.steps, say, on_step=on_step)
+    log = Log(out / "log.jsonl", first, recipe.steps, say, on_step=on_step, board=out / "board" if board else None)
     # one thread draws and crops the next batches while the model works on this one
     for step, batch in enumerate(ahead(batches.make, range(first, recipe.steps), workers=1, depth=3), first):
         rate = recipe.rate_at(step)

@@ -1,8 +1,6 @@
 """A run on disk: one safetensors file with weights, optimiser state and the step, replaced whole or not at all."""
 
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,7 +8,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from e5v_search.errors import E5VError, IncompleteCheckpoint
+from e5v_search.errors import IncompleteCheckpoint
+from e5v_search.training.whole import replacing
 
 Weights = Mapping[str, nn.Parameter]  # what is trained, by name
 
@@ -18,27 +17,15 @@ Weights = Mapping[str, nn.Parameter]  # what is trained, by name
 def save_state(path: Path, weights: Weights, optimiser: torch.optim.Optimizer, step: int, identity: str) -> None:
     """`identity` names the recipe: a run goes on only with the recipe that began it.
 
-    Raises E5VError when the disk does not take it; what was saved before is then still there.
+    Raises DiskFull, or ModelError with the system's reason; what was saved before is then still there.
     """
     tensors: dict[str, Tensor] = {f"weights/{name}": value for name, value in weights.items()}
     for name, parameter in weights.items():
         for key, value in optimiser.state.get(parameter, {}).items():
             tensors[f"optimiser/{key}/{name}"] = value
     data = save({k: v.detach().contiguous() for k, v in tensors.items()}, metadata={"step": str(step), "identity": identity})
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)  # on a full disk its bytes are what is missing
-        raise E5VError(
-            f"{path} cannot be written: {error.strerror or error}; what was saved before is whole: "
-            "make room and give the same command again"
-        ) from error
+    with replacing(path) as file:
+        file.write(data)
 
 
 def load_state(path: Path, weights: Weights, optimiser: torch.optim.Optimizer, identity: str) -> int:
