@@ -242,6 +242,7 @@ def test_a_merged_model_is_opened_by_us_and_by_transformers(
     card = (out / "README.md").read_text()
     assert base.name in card
     assert "licence" in card
+    assert not (out / "README-base.md").exists()
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -283,6 +284,12 @@ def test_weights_that_were_all_trained_become_a_folder(parts: Parts, folder: Pat
     towers = [e.model.vision_tower.pre_layrnorm.weight for e in (before, after)]  # type: ignore[attr-defined]
     assert torch.equal(*towers) == (parts == "language")
     assert whole_model(out)
+    # the first base's card goes along, through any number of models made from it
+    (out / "README.md").write_text("Be kind.")
+    for source, made in ((out, tmp_path / "second"), (tmp_path / "second", tmp_path / "third")):
+        save_weights(adapted(source, None), made)
+        assert (made / "README-base.md").read_text() == "Be kind."
+        assert "README-base.md" in (made / "README.md").read_text()
     with pytest.raises(UsageError, match="save_adapter"):
         save_weights(adapted(folder), tmp_path / "other")
 

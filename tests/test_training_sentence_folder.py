@@ -87,7 +87,9 @@ def test_the_bundled_model(tmp_path: Path) -> None:
     again = Embedder.load(str(tmp_path / "tiny"), device="cpu", dtype="float32")
     np.testing.assert_array_equal(again.embed_texts(TEXTS), ours.embed_texts(TEXTS))
     assert json.loads((tmp_path / "tiny" / "modules.json").read_text())[2]["path"] == "2_Normalize"
-    assert "SentenceTransformer('tiny')" in (tmp_path / "tiny" / "README.md").read_text()
+    card = (tmp_path / "tiny" / "README.md").read_text()
+    assert "SentenceTransformer('tiny')" in card
+    assert "photo.jpg" in card
 
 
 def test_what_cannot_be_exported_leaves_nothing(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:

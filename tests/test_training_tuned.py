@@ -335,7 +335,7 @@ def test_attended_pads_checkpoint_too_and_need_a_pad(folder: Path, tmp_path: Pat
     settings = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "pad_token"}))
     with pytest.raises(UsageError, match="names no pad token"):
-        load(copy, quirks=quirks).texts(TEXTS)
+        load(copy, quirks=quirks)
 
 
 def test_pictures_have_no_quirks(folder: Path) -> None:

@@ -26,8 +26,7 @@ from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer({name!r})
 model.encode(["a dog on grass"])
-model.encode([{{"image": "photo.jpg"}}])
-```
+{image}```
 
 Prompts: `{prompts}`.
 """
@@ -66,7 +65,8 @@ def export_sentence_transformers(model: str, out: Path, prompts: str = "retrieva
             file.write(template.encode())
         with replacing(folder / "README.md") as file:
             card = card_text(source, out.name, "what sentence-transformers needs to open it")
-            file.write((card + _USE.format(name=out.name, prompts=chosen.name)).encode())
+            image = 'model.encode([{"image": "photo.jpg"}])\n' if chosen.image else ""
+            file.write((card + _USE.format(name=out.name, prompts=chosen.name, image=image)).encode())
 
 
 def _template(encoder: PromptEncoder, prompts: PromptSet) -> str:

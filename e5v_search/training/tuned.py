@@ -73,6 +73,7 @@ class Tuned:
         self.spec: TileSpec
         self.spec, mean, std = preprocessing(source.folder, model.config)
         self.encoder.mean, self.encoder.std = mean.to(self.device), std.to(self.device)
+        self._pad = self._pad_id() if quirks.attend_pads else 0
 
     @classmethod
     def load(
@@ -189,15 +190,18 @@ class Tuned:
 
     def _attended(self, rows: Sequence[Row]) -> Tensor:
         # the rows of a call are one padded batch, as the published code's are
+        return attended(self.model.language_model, [row.ids for row in rows], self._pad)
+
+    def _pad_id(self) -> int:
         pad = named(tokenizer_settings(self.source.folder), "pad_token")
         if pad is None:
             raise UsageError(f"{self.source.folder} names no pad token: attend_pads needs one")
-        return attended(self.model.language_model, [row.ids for row in rows], self.encoder.prompts.id(pad))
+        return self.encoder.prompts.id(pad)
 
     def _precision(self) -> AbstractContextManager[None]:
         # weights that learn are float32, whatever is computed with: in half precision small steps would be rounded away
-        mixed = self.lora is None and self.dtype != torch.float32
-        return cast(AbstractContextManager[None], torch.autocast(self.device.type, self.dtype, enabled=mixed))
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return cast(AbstractContextManager[None], autocast)
 
 
 def _add_adapter(net: LlavaNext, lora: Lora, quantized: bool, seed: int) -> None:
