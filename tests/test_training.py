@@ -16,11 +16,12 @@ from e5v_search.training import loop, state
 from e5v_search.training.batches import Batches, caption_words
 from e5v_search.training.data import Photos
 from e5v_search.training.encode import BatchEncoder
-from e5v_search.training.initialise import initialise
+from e5v_search.training.initialise import initialise, initialise_taught_words
 from e5v_search.training.loop import Data, train
 from e5v_search.training.measure import recalls, sts_spearman
 from e5v_search.training.objective import Objective
 from e5v_search.training.recipe import Recipe
+from e5v_search.training.taught import Taught, taught
 from e5v_search.training.tokenizer import IMAGE, train_tokenizer
 
 RECIPES = sorted((Path(__file__).parent.parent / "training").glob("*.toml"))
@@ -28,9 +29,10 @@ WORDS = ("red", "green", "blue", "small", "large", "round", "flat", "wet")
 
 
 def tiny_recipe(**changes: object) -> Recipe:
-    """Two stages, both layouts, every part of the loss; a model of some thousand weights."""
-    weights = {"photos": 1.0, "words": 0.3, "scenes": 0.5, "changes": 0.5, "nli": 0.2, "language": 0.1, "captioning": 0.1}
-    stage = {"steps": 2, "photos": 4, "scenes": 2, "triplets": 2, "bare": 3, "weights": weights}
+    """Two stages, both layouts, every part of the loss that needs no teacher; a model of some thousand weights."""
+    weights = {"photos": 1.0, "words": 0.3, "scenes": 0.5, "changes": 0.5, "nli": 0.2, "pages": 0.2}
+    weights |= {"language": 0.1, "captioning": 0.1}
+    stage = {"steps": 2, "photos": 4, "scenes": 2, "triplets": 2, "pages": 2, "bare": 3, "weights": weights}
     data: dict[str, object] = {
         "name": "tiny",
         "save_every": 2,
@@ -42,7 +44,10 @@ def tiny_recipe(**changes: object) -> Recipe:
             "pinpoints": [[32, 64], [64, 32]],
         },
         "optimiser": {"kind": "muon", "rate": 1e-3, "warmup": 2},
-        "stages": [stage | {"name": "base", "drop": 0.5, "aside_every": 2}, stage | {"name": "full", "layout": "full"}],
+        "stages": [
+            stage | {"name": "base", "drop": 0.5, "plain": 0.5, "colour": 0.3, "aside_every": 2},
+            stage | {"name": "full", "layout": "full"},
+        ],
     }
     return parse(Recipe, data | changes, "tiny")
 
@@ -67,6 +72,16 @@ def encoder(data: Data) -> BatchEncoder:
 def logged(out: Path) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if "step" in line and "measured" not in line]
+
+
+@pytest.fixture(scope="module")
+def lessons(data: Data, encoder: BatchEncoder) -> Taught:
+    """A teacher that gives random answers."""
+    captions = [caption for own in data.photos.captions for caption in own]
+    sentences = captions + sorted({s for triplet in data.triplets for s in triplet})
+    generator = torch.Generator().manual_seed(5)
+    vectors, words = torch.randn(len(sentences), 24, generator=generator), torch.randn(600, 24, generator=generator)
+    return taught(sentences, vectors, torch.arange(20) // 2, words, 16)
 
 
 def quiet(_: str) -> None:
@@ -258,6 +273,92 @@ def test_dropped_patches_never_enter(encoder: BatchEncoder) -> None:
         kept = encoder.base_features(pixels, 0.5, torch.Generator().manual_seed(0))
         assert kept.shape == (3, 2, 16)
         assert not torch.allclose(kept, encoder.base_features(pixels, 0.5, torch.Generator().manual_seed(1)))
+
+
+def test_plain_patches_are_left_out_first(encoder: BatchEncoder) -> None:
+    pixels = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)
+    pixels[:, :, 16:, :16] = torch.randint(0, 255, (3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        [kept] = encoder.base_features(pixels, 0.75, torch.Generator().manual_seed(0), plain=True)
+        whole = encoder.base_features(pixels)
+        tower = encoder.model.vision_tower
+        x = tower.embeddings(encoder.normalised(pixels))[:, [0, 3]]  # class, and the patch in the lower left corner
+        x = tower.pre_layrnorm(x)
+        for layer in tower.encoder.layers:
+            x = layer(x)
+        assert torch.allclose(kept, encoder.model.multi_modal_projector(x[:, 1:])[0], atol=1e-5)
+    assert whole.shape == (1, 4, 16)
+
+
+def test_colours_stray_and_pictures_stay_apart(encoder: BatchEncoder) -> None:
+    pixels = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        same, other = (encoder.base_features(pixels, 0.0, torch.Generator().manual_seed(0), colour=c) for c in (0.0, 0.4))
+        again = encoder.base_features(pixels, 0.0, torch.Generator().manual_seed(0), colour=0.4)
+    assert torch.equal(other, again)
+    assert not torch.allclose(same, other, atol=1e-3)
+
+
+def test_targets_compare_as_the_teacher_has_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors, words = torch.randn(30, 12, generator=generator), torch.randn(9, 12, generator=generator)
+    lessons = taught([str(i) for i in range(30)], vectors, torch.arange(20) // 4, words, 12)
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    assert torch.allclose(lessons.targets @ lessons.targets.T, unit @ unit.T, atol=1e-5)
+    mean = torch.nn.functional.normalize(lessons.targets[4:8].mean(dim=0), dim=0)
+    assert torch.allclose(lessons.photos[1], mean, atol=1e-5)
+    assert lessons.captions.shape == (20, 12)
+    # wider than the teacher: the rest is nothing; narrower: what matters most stays
+    assert torch.equal(taught([""] * 30, vectors, torch.arange(20) // 4, words, 15).targets[:, 12:], torch.zeros(30, 3))
+    strong = vectors * torch.tensor([10.0] * 4 + [0.1] * 8)
+    unit = torch.nn.functional.normalize(strong, dim=1)
+    four = taught([""] * 30, strong, torch.arange(20) // 4, words * torch.tensor([10.0] * 4 + [0.1] * 8), 4).targets
+    assert torch.allclose(four @ four.T, unit @ unit.T, atol=1e-2)
+
+
+def test_the_teachers_parts_fall_when_trained_and_reach_their_own_weights(
+    data: Data, encoder: BatchEncoder, lessons: Taught
+) -> None:
+    reach = {"taught": {"language_model"}, "pooled": {"vision_tower", "multi_modal_projector"}}
+    reach["seen"] = reach["taught"] | reach["pooled"]
+    for part, modules in reach.items():
+        stages = [{"name": part, "steps": 30, "photos": 5, "sentences": 6, "weights": {"photos": 0.0, part: 1.0}}]
+        recipe = tiny_recipe(stages=stages, teacher="random")
+        initialise(encoder.model, torch.Generator().manual_seed(0))
+        batches = Batches(recipe, data.photos, data.triplets, encoder.tokenizer, len(lessons.sentences))
+        objective = Objective(recipe, encoder, batches.log_prior, lessons)
+        stage, generator = recipe.stages[0], torch.Generator().manual_seed(0)
+        optimiser = torch.optim.Adam([*encoder.model.parameters(), *objective.parameters()], lr=5e-3)
+        values = []
+        for step in range(30):
+            parts = objective(batches.make(step), stage, generator)
+            assert set(parts) == {part}
+            optimiser.zero_grad()
+            objective.total(parts, stage).backward()
+            optimiser.step()
+            values.append(float(parts[part].detach()))
+        assert sum(values[-5:]) < 0.9 * sum(values[:5])
+        touched = {name.partition(".")[0] for name, p in encoder.model.named_parameters() if p.grad is not None}
+        assert touched - {"image_newline"} == modules
+
+
+def test_a_stage_may_begin_with_the_teachers_words(data: Data, encoder: BatchEncoder, lessons: Taught) -> None:
+    table = encoder.model.language_model.embed_tokens.weight
+    before, keep = table.detach().clone(), encoder.prompt_tokens()
+    assert encoder.tokenizer.token_to_id(IMAGE) in keep
+    initialise_taught_words(encoder.model, lessons.words, keep)
+    n = encoder.tokenizer.get_vocab_size()
+    others = [i for i in range(min(n, len(table))) if i not in keep]
+    assert torch.equal(table[keep], before[keep])
+    cosines = torch.nn.functional.cosine_similarity(table[others], lessons.words[others])
+    assert torch.allclose(cosines, torch.ones(len(others)), atol=1e-5)
+
+
+def test_a_recipe_that_asks_a_teacher_names_one() -> None:
+    with pytest.raises(UsageError, match="teacher: none is named"):
+        tiny_recipe(stages=[{"name": "x", "steps": 1, "weights": {"seen": 1.0}}])
+    with pytest.raises(UsageError, match="teacher: none is named"):
+        tiny_recipe(stages=[{"name": "x", "steps": 1, "taught_words": True}])
 
 
 def test_long_sentences_are_cut_before_the_prompt(encoder: BatchEncoder) -> None:

@@ -35,6 +35,16 @@ def test_symmetric_info_nce_equals_plain_loops(three: tuple[Tensor, Tensor, Tens
     assert float(losses.symmetric_info_nce(a, b, 3.0)) == pytest.approx(expected, abs=1e-6)
 
 
+def test_soft_retrieval_equals_plain_loops(three: tuple[Tensor, Tensor, Tensor]) -> None:
+    queries, gallery, _ = three
+    shares = torch.rand(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).softmax(dim=1)
+    expected = 0.0
+    for i in range(7):
+        logits = [3.0 * cosine(queries[i], gallery[j]) for j in range(7)]
+        expected -= sum(float(shares[i, j]) * log_softmax_at(logits, j) for j in range(7)) / 7
+    assert float(losses.soft_retrieval(queries, gallery, shares, 3.0)) == pytest.approx(expected, abs=1e-6)
+
+
 def test_equation_1_equals_plain_loops(three: tuple[Tensor, Tensor, Tensor]) -> None:
     anchors, positives, negatives = three
     expected = 0.0

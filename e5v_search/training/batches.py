@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from e5v_search.backbones.tiles import Tiles, TileSpec, cut
+from e5v_search.render import render
 from e5v_search.scenes import draw, random_change, random_scene
 from e5v_search.training.data import Photos, Triplet, caption_corpus, shuffled
 from e5v_search.training.recipe import Recipe, Stage
@@ -41,24 +42,29 @@ class Batch:
     changes: list[str]
     triplets: list[Triplet]
     bare: list[str]
+    rows: list[int]  # of the photos, in the corpus
+    sentences: list[int]  # of the teacher's corpus
+    pages: Pictures  # rendered captions of the first scenes
 
 
 class Batches:
     """`make(step)` for any step, in any order."""
 
-    def __init__(self, recipe: Recipe, photos: Photos, triplets: Sequence[Triplet], tokenizer: Tokenizer) -> None:
-        self.recipe, self.photos, self.triplets = recipe, photos, triplets
+    def __init__(
+        self, recipe: Recipe, photos: Photos, triplets: Sequence[Triplet], tokenizer: Tokenizer, sentences: int = 0
+    ) -> None:
+        self.recipe, self.photos, self.triplets, self.sentences = recipe, photos, triplets, sentences
         self.bare = caption_corpus(photos.captions, triplets)
         self.spec: TileSpec = recipe.model.tiles()
         self.words = caption_words(photos.captions, tokenizer)
         self._vocabulary = recipe.model.decoder.vocabulary  # rows of the table; a small corpus may fill fewer
         self.log_prior = _log_prior(self.words, self._vocabulary)
-        self._starts = {what: self._seen(what) for what in ("photos", "triplets", "bare")}
+        self._starts = {what: self._seen(what) for what in ("photos", "triplets", "bare", "sentences")}
 
     def make(self, step: int) -> Batch:
         stage = self.recipe.stage_at(step)
         rng = random.Random(f"{self.recipe.seed}/{step}")
-        rows = self._rows("photos", step, stage.photos, len(self.photos))
+        rows = self._rows("photos", step, stage.photos, len(self.photos)) if stage.weights.of_photos else []
         captions = [rng.choice(self.photos.captions[i]) for i in rows]
         photos = [self._view(i, caption, stage, rng) for i, caption in zip(rows, captions, strict=True)]
         words = torch.zeros(len(rows), self._vocabulary)
@@ -66,17 +72,22 @@ class Batches:
             ids, share = self.words[i]
             words[row, ids] = share
         aside = step % stage.aside_every == 0
-        before = [random_scene(rng) for _ in range(stage.scenes if aside else 0)]
+        drawn = aside and stage.weights.scenes + stage.weights.changes + stage.weights.pages > 0
+        before = [random_scene(rng) for _ in range(stage.scenes if drawn else 0)]
         changes = [random_change(scene, rng) for scene in before]
         pictures = []
         for scene in (*before, *(after for _, after in changes)):
             size = _size(224, rng) if stage.layout == "full" else (224, 224)
             pictures.append(self._prepare(draw(scene, rng, size), stage))
-        triplets = self._rows("triplets", step, stage.triplets, len(self.triplets)) if aside else []
+        triplets = self._rows("triplets", step, stage.triplets, len(self.triplets)) if aside and stage.weights.nli else []
         others = [
             rng.choice([c for c in self.photos.captions[i] if c != own] or [own]) for i, own in zip(rows, captions, strict=True)
         ]
         bare = self._rows("bare", step, stage.bare, len(self.bare)) if stage.weights.language else []
+        before_captions = [scene.caption(rng) for scene in before]
+        changed_captions = [scene.caption(rng) for _, scene in changes]
+        pages = [self._page(text, stage) for text in before_captions[: stage.pages]] if stage.weights.pages else []
+        sentences = self._rows("sentences", step, stage.sentences, self.sentences) if stage.weights.taught else []
         return Batch(
             photos=_together(photos),
             captions=captions,
@@ -84,12 +95,20 @@ class Batches:
             words=words,
             scenes=_together(pictures[: len(before)]),
             changed=_together(pictures[len(before) :]),
-            scene_captions=[scene.caption(rng) for scene in before],
-            changed_captions=[scene.caption(rng) for _, scene in changes],
+            scene_captions=before_captions,
+            changed_captions=changed_captions,
             changes=[text for text, _ in changes],
             triplets=[self.triplets[i] for i in triplets],
             bare=[self.bare[i] for i in bare],
+            rows=rows,
+            sentences=sentences,
+            pages=_together(pages),
         )
+
+    def whole(self, rows: Sequence[int]) -> Tensor:
+        """Photos as they are, on the base tile: (n, 3, tile, tile) uint8"""
+        images = [Image.fromarray(self.photos.pixels[i].transpose(1, 2, 0)) for i in rows]
+        return torch.from_numpy(np.stack([self._on_tile(image) for image in images]))
 
     def _seen(self, what: str) -> list[int]:
         """Items of a kind consumed before each step."""
@@ -118,9 +137,17 @@ class Batches:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         return self._prepare(image, stage)
 
+    def _page(self, text: str, stage: Stage) -> Tiles | np.ndarray:
+        """A rendered text. A stage on the base tile sees its two tiles alone, side by side: (3, tile, 2 tiles)."""
+        tiles = cut(render(text), self.spec)
+        return tiles if stage.layout == "full" else np.concatenate(list(tiles.pixels[1:]), axis=2)
+
     def _prepare(self, image: Image.Image, stage: Stage) -> Tiles | np.ndarray:
         if stage.layout == "full":
             return cut(image, self.spec)
+        return self._on_tile(image)
+
+    def _on_tile(self, image: Image.Image) -> np.ndarray:
         return np.asarray(image.resize((self.spec.tile, self.spec.tile), self.spec.resample)).transpose(2, 0, 1)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from e5v_search.backbones.batches import Batches
 from e5v_search.backbones.modules import LlavaNext
@@ -60,21 +61,50 @@ class BatchEncoder:
         rows = self.rows(self.ids(load_prompts("prompt").get("text"), sentences), [None] * len(sentences))
         return self._before_tokens(rows, [f" {other}" for other in others], PAD)
 
-    def base_features(self, pixels: Tensor, drop: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
-        """Base tiles alone: (n, 3, tile, tile) uint8 -> (n, p, d), where a share `drop` of the patches never enters."""
+    def base_features(
+        self,
+        pixels: Tensor,
+        drop: float = 0.0,
+        generator: torch.Generator | None = None,
+        plain: bool = False,
+        colour: float = 0.0,
+    ) -> Tensor:
+        """Visual tokens of base tiles alone, (n, p, d); see `base_patches`."""
+        features: Tensor = self.model.multi_modal_projector(self.base_patches(pixels, drop, generator, plain, colour))
+        return features
+
+    def base_patches(
+        self,
+        pixels: Tensor,
+        drop: float = 0.0,
+        generator: torch.Generator | None = None,
+        plain: bool = False,
+        colour: float = 0.0,
+    ) -> Tensor:
+        """The vision tower on base tiles: (n, 3, tile, tile) uint8 -> (n, p, d_vision).
+
+        A share `drop` of the patches never enters: any, or with `plain` those that show least. Brightness, contrast and
+        saturation of each picture stray by a share of up to `colour`.
+        """
         tower = self.model.vision_tower
-        x = tower.embeddings(self.normalised(pixels))
+        pixels = self.normalised(pixels)
+        x = tower.embeddings(_strayed(pixels, colour, generator) if colour else pixels)
         if drop:
             n, tokens, d = x.shape
             keep = round((tokens - 1) * (1 - drop))
-            order = torch.rand(n, tokens - 1, generator=generator, device=x.device).argsort(dim=1)
+            order = torch.rand(n, tokens - 1, generator=generator, device=x.device)
+            if plain:
+                size = self.model.config.vision_config.patch_size
+                # chance decides between equal ones
+                order = 1e-3 * order - F.unfold(pixels, size, stride=size).var(dim=1)
+            order = order.argsort(dim=1)
             chosen = torch.cat((torch.zeros_like(order[:, :1]), order[:, :keep].sort(dim=1).values + 1), dim=1)
             x = x.gather(1, chosen[..., None].expand(-1, -1, d))
         x = tower.pre_layrnorm(x)
         for layer in tower.encoder.layers:
             x = layer(x)
-        features: Tensor = self.model.multi_modal_projector(x[:, self.model.config.skip_class_token :])
-        return features
+        patches: Tensor = x[:, self.model.config.skip_class_token :]
+        return patches
 
     def full_features(self, pictures: Sequence[Tiles]) -> list[Tensor]:
         """Visual tokens in the AnyRes layout, (n_i, d) for each picture. Gradients are as the tower's parameters ask."""
@@ -84,6 +114,12 @@ class BatchEncoder:
     def normalised(self, pixels: Tensor) -> Tensor:
         dtype = self.model.vision_tower.embeddings.patch_embedding.weight.dtype
         return ((pixels.to(self.device).float() / 255 - self.mean) / self.std).to(dtype)
+
+    def prompt_tokens(self) -> list[int]:
+        """All tokens that the trained prompts consist of."""
+        prompts = [load_prompts(name) for name in ("retrieval", "cirr", "sts")]
+        kinds = [(p, kind) for p in prompts for kind in ("text", "image", "composed") if getattr(p, kind)]
+        return sorted({token for p, kind in kinds for row in self.ids(p.get(kind), [""]) for token in row})
 
     def ids(self, prompt: str, sentences: Sequence[str]) -> list[list[int]]:
         return self.prompts.encode(prompt, self.shortened(sentences, self.max_text))
@@ -128,3 +164,15 @@ class BatchEncoder:
             hidden += [states[k, len(rows[i]) - 1 : len(inputs[i])] for k, i in enumerate(chunk)]
             tokens += [token for i in chunk for token in ids[i]]
         return torch.cat(hidden), torch.tensor(tokens, device=self.device)
+
+
+def _strayed(pixels: Tensor, colour: float, generator: torch.Generator | None) -> Tensor:
+    """Pictures (n, 3, height, width), each with a brightness, contrast and saturation of its own."""
+
+    def factor() -> Tensor:
+        return 1 + colour * (2 * torch.rand(len(pixels), 1, 1, 1, generator=generator, device=pixels.device) - 1)
+
+    grey = pixels.mean(dim=1, keepdim=True)
+    pixels = grey + factor() * (pixels - grey)
+    middle = pixels.mean(dim=(1, 2, 3), keepdim=True)
+    return middle + factor() * (pixels - middle) + factor() - 1

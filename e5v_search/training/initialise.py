@@ -6,7 +6,7 @@ branches: scaled down with depth, as in GPT-2, so that the sum over layers keeps
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,38 @@ def initialise_words(model: LlavaNext, bags: Sequence[tuple[Tensor, Tensor]]) ->
         size = table.norm(dim=1).mean()
         table[seen, :rank] = vectors * size
         table[seen, rank:] = 0.0
+
+
+def initialise_taught_words(model: LlavaNext, words: Tensor, keep: Sequence[int]) -> None:
+    """Give every token the direction (vocabulary, d) that a teacher has for it, in its old size; the rows `keep` stay."""
+    table = model.language_model.embed_tokens.weight
+    with torch.no_grad():
+        kept = table[list(keep)].clone()
+        n = min(len(table), len(words))
+        table[:n] = words[:n] * table[:n].norm(dim=1).mean()
+        table[list(keep)] = kept
+
+
+def initialise_taught_projector(model: LlavaNext, patches: Iterable[Tensor], targets: Tensor) -> None:
+    """Let a photo's visual tokens be, on average, what the teacher says of it: its words, as far as a linear map knows them.
+
+    patches: what the vision tower makes of all photos (n_i, p, d_vision), in pieces; targets (n, d). A ridge regression
+    gives the projector's second layer; gradients alone would take hundreds of steps to turn one space into the other.
+    """
+    projector, size = model.multi_modal_projector, model.language_model.embed_tokens.weight.norm(dim=1).mean()
+    with torch.no_grad():
+        tokens = [projector.act(projector.linear_1(some)) for some in patches]
+        x = torch.cat([some.mean(dim=1) for some in tokens])
+        middle, centre = x.mean(dim=0), targets.mean(dim=0)
+        covariance = (x - middle).T @ (x - middle)
+        covariance += 1e-2 * covariance.diagonal().mean() * torch.eye(len(covariance))
+        weight = torch.linalg.solve(covariance, (x - middle).T @ (targets - centre)).T
+        projector.linear_2.weight.copy_(weight)
+        projector.linear_2.bias.copy_(centre - weight @ middle)
+        # tokens as long as words
+        scale = size / projector.linear_2(tokens[0]).norm(dim=-1).mean()
+        projector.linear_2.weight.mul_(scale)
+        projector.linear_2.bias.mul_(scale)
 
 
 def initialise_patches(model: LlavaNext, pixels: Tensor) -> None:

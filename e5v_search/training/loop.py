@@ -13,19 +13,26 @@ from torch import Tensor, nn
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.errors import ModelError
-from e5v_search.parallel import ahead
+from e5v_search.parallel import ahead, windows
 from e5v_search.scenes import random_change, random_scene
 from e5v_search.training.batches import Batch, Batches
 from e5v_search.training.data import Photos, Triplet, caption_corpus, load_photos, read_triplets
 from e5v_search.training.encode import BatchEncoder
 from e5v_search.training.export import export
-from e5v_search.training.initialise import initialise, initialise_patches, initialise_words
+from e5v_search.training.initialise import (
+    initialise,
+    initialise_patches,
+    initialise_taught_projector,
+    initialise_taught_words,
+    initialise_words,
+)
 from e5v_search.training.log import Log, OnStep, Say
 from e5v_search.training.measure import RunEmbedder, photo_recalls, scene_recalls, sts_file, sts_spearman
 from e5v_search.training.muon import Muon
 from e5v_search.training.objective import Objective
 from e5v_search.training.recipe import Optimiser, Recipe, Stage
 from e5v_search.training.state import load_state, save_state
+from e5v_search.training.taught import Taught, load_taught
 from e5v_search.training.tokenizer import IMAGE, train_tokenizer
 
 _PHOTO_SIDE = 224
@@ -62,10 +69,14 @@ def train(recipe: Recipe, data: Data, out: Path, say: Say, on_step: OnStep | Non
     model = LlavaNext(recipe.model.config(tokenizer.encode(IMAGE, add_special_tokens=False).ids[0]))
     initialise(model, torch.Generator().manual_seed(recipe.seed))
     encoder = BatchEncoder(model, PromptEncoder(tokenizer, model.config))
-    batches = Batches(recipe, data.photos, data.triplets, tokenizer)
+    taught = None
+    if recipe.teacher:
+        width = recipe.model.decoder.width
+        taught = load_taught(data.photos, data.triplets, tokenizer, width, recipe.teacher, out / "teacher", say)
+    batches = Batches(recipe, data.photos, data.triplets, tokenizer, len(taught.sentences) if taught else 0)
     initialise_words(model, batches.words)
     initialise_patches(model, encoder.normalised(torch.from_numpy(data.photos.pixels[:500])))
-    objective = Objective(recipe, encoder, batches.log_prior)
+    objective = Objective(recipe, encoder, batches.log_prior, taught)
     trained = nn.ModuleDict({"model": model, "objective": objective})
     optimiser = _optimiser(trained, recipe.optimiser)
     # not the stages: a run may be made longer or shorter than planned, from where it is
@@ -80,17 +91,30 @@ def train(recipe: Recipe, data: Data, out: Path, say: Say, on_step: OnStep | Non
     log = Log(out / "log.jsonl", first, recipe.steps, say, on_step=on_step, board=out / "board" if board else None)
     # one thread draws and crops the next batches while the model works on this one
     for step, batch in enumerate(ahead(batches.make, range(first, recipe.steps), workers=1, depth=3), first):
-        rate = recipe.rate_at(step)
+        stage, rate = recipe.stage_at(step), recipe.rate_at(step)
+        if taught and recipe.begins(step):
+            _begin(stage, encoder, batches, taught)
         parts = _step(objective, optimiser, batch, recipe, step, rate)
-        log.step(step, recipe.stage_at(step).name, {k: float(v.detach()) for k, v in parts.items()}, rate, len(batch.captions))
+        rows = len(batch.captions) + len(batch.sentences) + len(batch.scenes)
+        log.step(step, stage.name, {k: float(v.detach()) for k, v in parts.items()}, rate, rows)
         done = step + 1
         if done % recipe.evaluate_every == 0 and done < recipe.steps:
-            log.measured(done, measure(encoder, data, recipe, recipe.stage_at(step).layout, quick=True))
+            log.measured(done, measure(encoder, data, recipe, stage.layout, quick=True))
         if done % recipe.save_every == 0 or done == recipe.steps:
             save_state(state, learned, optimiser, done, identity)
     export(model, tokenizer, out / "model")
     log.measured(recipe.steps, measure(encoder, data, recipe, recipe.stages[-1].layout, quick=False))
     return out / "model"
+
+
+def _begin(stage: Stage, encoder: BatchEncoder, batches: Batches, taught: Taught) -> None:
+    if stage.taught_words:
+        initialise_taught_words(encoder.model, taught.words, encoder.prompt_tokens())
+    if stage.taught_projector:
+        pieces = windows(range(len(taught.photos)), 64)
+        with torch.no_grad():
+            patches = [encoder.base_patches(batches.whole(rows)) for rows in pieces]
+        initialise_taught_projector(encoder.model, patches, taught.photos)
 
 
 def _tokenizer(recipe: Recipe, data: Data, path: Path) -> Tokenizer:

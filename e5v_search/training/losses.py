@@ -78,6 +78,11 @@ def instruction(
     return F.cross_entropy(logits, torch.zeros(len(queries), dtype=torch.long, device=queries.device))
 
 
+def soft_retrieval(queries: Tensor, gallery: Tensor, shares: Tensor, scale: Tensor | float) -> Tensor:
+    """Query i against the gallery (m, d), of which row j is right by `shares[i, j]`; shares (n, m) are distributions."""
+    return -(shares * similarities(queries, gallery, scale).log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
 def bag_of_words(hidden: Tensor, table: Tensor, words: Tensor, log_prior: Tensor) -> Tensor:
     """The embedding is to name its words: cross-entropy between softmax(hidden · tableᵀ + log_prior) and `words`.
 

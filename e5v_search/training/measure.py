@@ -23,6 +23,7 @@ from e5v_search.embedder import Picture
 from e5v_search.errors import E5VError
 from e5v_search.evaluation.metrics import Ranked, spearman
 from e5v_search.evaluation.ranks import Items, score_ranks
+from e5v_search.render import render
 from e5v_search.scenes import draw, random_change, random_scene
 from e5v_search.training.data import Photos, load_photos
 from e5v_search.training.encode import BatchEncoder
@@ -96,7 +97,8 @@ def photo_recalls(embedder: Embeds, photos: Photos, captions: int = 5) -> dict[s
 
 
 def scene_recalls(embedder: Embeds, n: int, seed: str = "held out") -> dict[str, float]:
-    """Recall@1 over n scenes and, for changes, over those scenes and their n changed ones.
+    """Recall@1 over n scenes, for their captions and for pages that these are written on, and, for changes, over those
+    scenes and their n changed ones.
 
     The scene that is to be changed is left out, as a composed search leaves out its reference; "with_reference" keeps it.
     """
@@ -110,13 +112,17 @@ def scene_recalls(embedder: Embeds, n: int, seed: str = "held out") -> dict[str,
     for i, scene in enumerate(everything):
         showing.setdefault(scene.facts, set()).add(i)
     pictures = embedder.embed_images(drawn, "cirr")
-    texts = embedder.embed_texts([scene.caption(rng) for scene in before])
+    captions = [scene.caption(rng) for scene in before]
+    texts = embedder.embed_texts(captions)
+    pages = embedder.embed_images([render(caption) for caption in captions], "cirr")
     composed = embedder.embed_composed([(picture, text) for picture, (text, _) in zip(drawn[:n], changes, strict=True)])
     right = [showing[after.facts] for _, after in changes]
     scores = composed @ pictures.T
     references = [(i,) for i in range(len(before))]
+    described = [{i} for i in range(len(before))]
     return {
-        "scene_t2i_r1": recalls(texts @ pictures[: len(before)].T, [{i} for i in range(len(before))], (1,))[1],
+        "scene_t2i_r1": recalls(texts @ pictures[: len(before)].T, described, (1,))[1],
+        "scene_page_r1": recalls(pages @ pictures[: len(before)].T, described, (1,))[1],
         "scene_composed_r1": recalls(scores, right, (1,), references)[1],
         "scene_composed_r1_with_reference": recalls(scores, right, (1,))[1],
     }

@@ -85,6 +85,14 @@ class Weights:
     nli: float = 0.0
     language: float = 0.0
     captioning: float = 0.0
+    taught: float = 0.0  # sentences, drawn to what the teacher makes of them
+    seen: float = 0.0  # photos, drawn to what the teacher makes of their captions
+    pooled: float = 0.0  # the same of the mean of a photo's visual tokens, without the decoder
+    pages: float = 0.0  # rendered captions, drawn to the captions and to what these describe
+
+    @property
+    def of_photos(self) -> float:
+        return self.photos + self.words + self.captioning + self.seen + self.pooled
 
 
 @dataclass(frozen=True)
@@ -99,23 +107,34 @@ class Stage:
     scenes: int = 24  # scenes per step, each with a change
     triplets: int = 32
     bare: int = 32  # sentences by themselves, for `language`
+    sentences: int = 128  # for the teacher's part
+    pages: int = 16
     aside_every: int = 1  # scenes and triplets join every so many steps
+    taught_words: bool = False  # begin with the teacher's word vectors in the place of the model's own
+    taught_projector: bool = (
+        False  # begin with the projector whose visual tokens come nearest to such words, by ridge regression
+    )
     freeze_vision: bool = False  # the vision tower alone; the projector learns on
-    drop: float = 0.0  # share of patches left out, before the vision tower
+    drop: float = 0.0  # share of a photo's patches left out, before the vision tower
+    plain: float = 0.0  # of drawings and pages that share is left out which shows least; they are mostly background
+    colour: float = 0.0  # how far brightness, contrast and saturation of photos stray; 0: not at all
     crop: float = 0.5  # smallest share of the photo that a random crop keeps; 1: no crops
     weights: Weights = field(default_factory=Weights)
 
+    @property
+    def asks_teacher(self) -> bool:
+        return self.taught_words or self.taught_projector or self.weights.taught + self.weights.seen + self.weights.pooled > 0
+
     def problems(self) -> list[str]:
-        counts = ("steps", "photos", "scenes", "triplets", "bare", "aside_every")
+        counts = ("steps", "photos", "scenes", "triplets", "bare", "sentences", "pages", "aside_every")
         found = [f"{k}: must be positive" for k in counts if getattr(self, k) < 1]
-        if not 0 <= self.drop < 1:
-            found.append("drop: must lie in [0, 1)")
+        found += [f"{k}: must lie in [0, 1)" for k in ("drop", "plain", "colour") if not 0 <= getattr(self, k) < 1]
         if not 0 < self.crop <= 1:
             found.append("crop: must lie in (0, 1]")
         if self.weights.captioning and self.photos < 2:
             found.append("photos: two at least, one to name and one to caption")
-        if self.layout == "full" and self.drop:
-            found.append("drop: only on the base tile; a full layout keeps all its patches")
+        if self.layout == "full" and (self.drop or self.plain):
+            found.append("drop, plain: only on the base tile; a full layout keeps all its patches")
         return found
 
 
@@ -126,6 +145,8 @@ class Recipe:
     seed: int = 0
     temperature: float = 0.07  # at the start; learned from there
     nli_temperature: float = 0.05
+    teacher: str = ""  # a text model, as `teacher_vectors` knows it; for the parts "taught", "seen" and "pooled"
+    teacher_temperature: float = 0.05
     save_every: int = 100  # steps
     evaluate_every: int = 200
     held_out_scenes: int = 500  # of the last measurement; those on the way make do with a fifth
@@ -147,6 +168,10 @@ class Recipe:
         share = first + (last - first) * done / max(1, stage.steps - 1)
         return self.optimiser.rate * share * min(1.0, (step + 1) / self.optimiser.warmup)
 
+    def begins(self, step: int) -> bool:
+        """Whether a stage begins with this step."""
+        return self._locate(step)[1] == 0
+
     def _locate(self, step: int) -> tuple[Stage, int]:
         for stage in self.stages:
             if step < stage.steps:
@@ -156,5 +181,7 @@ class Recipe:
 
     def problems(self) -> list[str]:
         found = [] if self.stages else ["stages: one at least"]
-        positive = ("temperature", "nli_temperature", "save_every", "evaluate_every", "held_out_scenes")
+        if not self.teacher and any(s.asks_teacher for s in self.stages):
+            found.append("teacher: none is named, but a stage weighs taught, seen or pooled")
+        positive = ("temperature", "nli_temperature", "teacher_temperature", "save_every", "evaluate_every", "held_out_scenes")
         return found + [f"{k}: must be positive" for k in positive if getattr(self, k) <= 0]
