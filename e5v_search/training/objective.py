@@ -27,7 +27,7 @@ class Objective(nn.Module):
         """The parts that `stage` weighs and the batch brings, each a scalar."""
         weights = stage.weights
         scale = self.log_scale.exp().clamp(max=_MAX_SCALE)
-        parts = {}
+        parts: dict[str, Tensor] = {}
         if weights.of_photos:
             parts |= self._photos(batch, stage, scale, generator)
         if weights.taught:
