@@ -342,6 +342,26 @@ def test_the_teachers_parts_fall_when_trained_and_reach_their_own_weights(
         assert touched - {"image_newline"} == modules
 
 
+def test_only_some_photos_may_go_through_the_decoder(
+    data: Data, encoder: BatchEncoder, lessons: Taught, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"photos": 0.0, "pooled": 1.0, "seen": 1.0}
+    recipe = tiny_recipe(stages=[{"name": "x", "steps": 1, "photos": 7, "decoded": 3, "weights": weights}], teacher="random")
+    batches = Batches(recipe, data.photos, data.triplets, encoder.tokenizer, len(lessons.sentences))
+    objective = Objective(recipe, encoder, batches.log_prior, lessons)
+    seen: list[int] = []
+    pictures = encoder.pictures
+
+    def counted(features: torch.Tensor) -> torch.Tensor:
+        seen.append(len(features))
+        return pictures(features)
+
+    monkeypatch.setattr(encoder, "pictures", counted)
+    parts = objective(batches.make(0), recipe.stages[0], torch.Generator().manual_seed(0))
+    assert set(parts) == {"pooled", "seen"}
+    assert seen == [3]
+
+
 def test_a_stage_may_begin_with_the_teachers_words(data: Data, encoder: BatchEncoder, lessons: Taught) -> None:
     table = encoder.model.language_model.embed_tokens.weight
     before, keep = table.detach().clone(), encoder.prompt_tokens()

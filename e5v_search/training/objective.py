@@ -54,10 +54,12 @@ class Objective(nn.Module):
         if weights.pooled:
             pooled = torch.stack([one.mean(dim=0) for one in features[:n]])
             parts["pooled"] = self._seen(pooled, batch.rows[:n], generator)
-        if weights.photos or weights.words or weights.seen:
+        if weights.photos or weights.words:
             images = self.encoder.pictures(features[:n])
         if weights.seen:
-            parts["seen"] = self._seen(images, batch.rows[:n], generator)
+            some = min(n, stage.decoded or n)
+            seen = images[:some] if weights.photos or weights.words else self.encoder.pictures(features[:some])
+            parts["seen"] = self._seen(seen, batch.rows[:some], generator)
         if weights.photos or weights.words:
             captions = self.encoder.texts(batch.captions[:n])
         if weights.photos:

@@ -109,6 +109,7 @@ class Stage:
     bare: int = 32  # sentences by themselves, for `language`
     sentences: int = 128  # for the teacher's part
     pages: int = 16
+    decoded: int = 0  # how many of the photos go through the decoder for `seen`; 0: all
     aside_every: int = 1  # scenes and triplets join every so many steps
     taught_words: bool = False  # begin with the teacher's word vectors in the place of the model's own
     taught_projector: bool = (
