@@ -88,7 +88,7 @@ def train(recipe: Recipe, data: Data, out: Path, say: Say, on_step: OnStep | Non
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{parameters:,} parameters, {len(data.photos):,} photos, steps {first} to {recipe.steps}")
 
-    log = Log(out / "log.jsonl", first, recipe.steps, say, on_step=on_step, board=out / "board" if board else None)
+    log = Log(out / "log.jsonl", first, recipe.steps, say, on_step=on_step, board=out / "board" if board else None, unit="rows")
     # one thread draws and crops the next batches while the model works on this one
     for step, batch in enumerate(ahead(batches.make, range(first, recipe.steps), workers=1, depth=3), first):
         stage, rate = recipe.stage_at(step), recipe.rate_at(step)
