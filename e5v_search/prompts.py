@@ -51,39 +51,63 @@ def _fashioniq(category: str, word: str) -> PromptSet:
     )
 
 
-PROMPT_SETS: dict[str, PromptSet] = {
-    p.name: p
-    for p in (
-        PromptSet("retrieval", text=_TEXT, image=_IMAGE),
-        PromptSet(
-            "cirr",
-            text=_TEXT,
-            image="<image>\n Describe this image in one word:",
-            composed='<image>Modify this image with "<sent>", desribe modified image in one word:',
-        ),
-        _fashioniq("dress", "dress"),
-        _fashioniq("shirt", "shirt"),
-        _fashioniq("toptee", "shirt"),  # the paper's code calls toptee "shirt" in its prompts
-        PromptSet("sts", text=" <sent>\nSummary above sentence in one word:"),
-        # the ablations of Table 6
-        PromptSet("last", text="<sent>", image="<image>"),
-        PromptSet("prompt", text="<sent>\nSummary above sentence: ", image="<image>\nSummary above image: "),
-    )
-}
+_RETRIEVAL = PromptSet("retrieval", text=_TEXT, image=_IMAGE)
+_PROTOCOLS = (  # sets of the protocols that have their own
+    PromptSet(
+        "cirr",
+        text=_TEXT,
+        image="<image>\n Describe this image in one word:",
+        composed='<image>Modify this image with "<sent>", desribe modified image in one word:',
+    ),
+    _fashioniq("dress", "dress"),
+    _fashioniq("shirt", "shirt"),
+    _fashioniq("toptee", "shirt"),  # the paper's code calls toptee "shirt" in its prompts
+    PromptSet("sts", text=" <sent>\nSummary above sentence in one word:"),
+)
 
-_PLACEHOLDERS = {"text": {SENTENCE}, "image": {IMAGE}, "composed": {IMAGE, SENTENCE}}
+_PLACEHOLDERS = {"text": (SENTENCE,), "image": (IMAGE,), "composed": (IMAGE, SENTENCE)}  # in the order of a bare input
+_ABLATIONS = ("last", "prompt")
+FORMS = (*_ABLATIONS, _RETRIEVAL.name)  # what Table 6 compares
+
+
+def _ablated(whole: PromptSet, how: str, name: str) -> PromptSet:
+    """What Table 6 compares a set with: "last", the bare input, and "prompt", the prompts without "in one word"."""
+    kinds = (kind for kind in _PLACEHOLDERS if getattr(whole, kind))
+    if how == "last":
+        return PromptSet(name, **{kind: "".join(_PLACEHOLDERS[kind]) for kind in kinds})
+    return PromptSet(name, **{kind: whole.get(kind).replace(" in one word", "") for kind in kinds})
+
+
+PROMPT_SETS: dict[str, PromptSet] = {
+    p.name: p for p in (_RETRIEVAL, *_PROTOCOLS, *(_ablated(_RETRIEVAL, how, how) for how in _ABLATIONS))
+}
+_ABLATED = {name: _ablated(p, how, name) for p in _PROTOCOLS for how in _ABLATIONS for name in [f"{p.name}-{how}"]}
+
+
+def own_set(asked: str | None, own: str) -> str:
+    """The set for a task whose own set is `own`, when `asked` was asked for.
+
+    Of `FORMS`, "last" and "prompt" are the ablations of the task's own set and "retrieval" is that set, as None is:
+    Table 6 compares them on every task, each time in that task's words. Any other set is taken as it is.
+    """
+    if asked is None or asked == _RETRIEVAL.name:
+        return own
+    return f"{own}-{asked}" if asked in FORMS and own != _RETRIEVAL.name else asked
 
 
 def load_prompts(name: str | Path) -> PromptSet:
     """A prompt set by name, or from a TOML file with `text`, `image` and `composed` strings.
 
+    Names are those of `PROMPT_SETS`, and for each protocol with its own set that name with "-last" or "-prompt" behind.
+
     Raises UsageError naming every problem of the file at once.
     """
-    if str(name) in PROMPT_SETS:
-        return PROMPT_SETS[str(name)]
+    known = PROMPT_SETS | _ABLATED
+    if str(name) in known:
+        return known[str(name)]
     path = Path(name)
     if path.suffix != ".toml":
-        raise UsageError(f"unknown prompt set {str(name)!r}; known: {', '.join(PROMPT_SETS)}, or the path of a .toml file")
+        raise UsageError(f"unknown prompt set {str(name)!r}; known: {', '.join(known)}, or the path of a .toml file")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -150,7 +150,7 @@ def test_missing_photos(folder: Path, tmp_path: Path) -> None:
         (["cirr-test", "--data", "."], "say where with --out FILE.json"),
         (["folder", "--data", "nowhere"], "nowhere is not a folder"),
         (["folder", "--data", "."], "has no file of captions"),
-        (["cirr", "--data", ".", "--prompts", "last"], "prompt set 'last' has no composed prompt"),
+        (["cirr", "--data", ".", "--prompts", "last,sts-last"], "prompt set 'sts-last' has no image prompt"),
         (["i2i-coco", "--data", ".", "--prompts", "sts"], "prompt set 'sts' has no image prompt"),
         (["sts", "--data", ".", "--prompts", "retrieval,nonsense"], "unknown prompt set 'nonsense'"),
     ],
@@ -222,6 +222,30 @@ def test_composed_protocols_with_the_real_model(composed_data: Path, tmp_path: P
     files = {metric: json.loads((tmp_path / f"run-{metric}.json").read_text()) for metric in ("recall", "recall_subset")}
     assert [len(files["recall"][key]) for key in ("0", "1")] == [5, 5]
     assert [len(files["recall_subset"][key]) for key in ("0", "1")] == [3, 3]
+    result = run(
+        "eval", "cirr-test", "--data", composed_data, "--out", out, "--limit", "2", "--prompts", "last,prompt", "--json"
+    )
+    written = [[Path(path).name for path in found["submissions"]] for found in json.loads(result.stdout)["runs"]]
+    assert written == [[f"run-cirr-{how}-{metric}.json" for metric in files] for how in ("last", "prompt")]
+    assert json.loads((tmp_path / "run-recall.json").read_text()) == files["recall"]
+
+
+@pytest.mark.parametrize("name", ["cirr", "fashioniq", "scenes"])
+def test_table_6_of_tasks_with_their_own_prompts(name: str, composed_data: Path, tmp_path: Path) -> None:
+    data = ("--limit", "2") if name == "scenes" else ("--data", composed_data)
+    command = ("eval", name, *data, "--prompts", "last,prompt,retrieval", "--cache", tmp_path / "cache")
+    result = run(*command, "--json")
+    assert result.exit_code == 0, result.output
+    runs = json.loads(result.stdout)["runs"]
+    assert [found["prompts"] for found in runs] == [f"{name}-last", f"{name}-prompt", name]
+    assert [found["fingerprint"].split("/")[1] for found in runs] == [f"{name}-last", f"{name}-prompt", name]
+    assert len({found["questions"] for found in runs}) == 1
+    assert len({tuple(found["metrics"]) for found in runs}) == 1
+    assert min(found["embedded"] for found in runs) > 0
+    result = run(*command)
+    assert result.stdout.splitlines()[0].split() == [f"{name}-last", f"{name}-prompt", name]
+    theirs = [line.split("  ")[0] for line in result.stdout.splitlines() if "(paper)" in line]
+    assert name == "scenes" or {"last, not tuned (paper)", "prompt (paper)", "E5-V (paper)"} <= set(theirs)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data beside the project")

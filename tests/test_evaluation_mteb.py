@@ -215,6 +215,8 @@ def test_prompts_are_those_of_the_task() -> None:
     asked = [(kind, prompts) for kind, prompts, _ in embedder.asked]
     assert asked == [("composed", "cirr"), ("image", "cirr"), ("text", "retrieval"), ("text", "sts")]
     assert embedder.asked[-1][2] == "1 2 3."
+    MtebModel(embedder, "last").encode([{"image": plain(RED)}], task_metadata=change, hf_split="", hf_subset="")
+    assert embedder.asked[-1][1] == "cirr-last"
 
 
 class ShortSighted(Literal):

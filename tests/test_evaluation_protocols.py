@@ -266,6 +266,38 @@ def test_fashioniq_categories_prompts_and_average(tmp_path: Path) -> None:
     assert "this shirt" in load_prompts("fashioniq-toptee").get("composed")
 
 
+ASKED = {  # by each protocol of the four, with "last" and with "prompt": which sets, of which kinds
+    "retrieval": ({("text", "{}"), ("image", "{}")}, CAPTIONS, captioned),
+    "cirr": ({("image", "cirr-{}"), ("composed", "cirr-{}")}, CIRR, cirr),
+    "fashioniq": (
+        {(kind, f"fashioniq-{part}-{{}}") for kind in ("image", "composed") for part in ("dress", "toptee")},
+        {"dress": FASHION, "toptee": composed([GREEN, BLUE], Change("0", 0, ("1 1 0", "0 1 1"), target=1))},
+        fashioniq,
+    ),
+    "sts": ({("text", "sts-{}")}, Rating({"sts12": (Pair("1 0 0", "0 1 0", 0), Pair("1 0 0", "1 0 0", 5))}), sts),
+}
+
+
+@pytest.mark.parametrize("how", ["last", "prompt"])
+@pytest.mark.parametrize("name", ASKED)
+def test_ablations_are_those_of_the_protocols_own_set(name: str, how: str, tmp_path: Path) -> None:
+    expected, data, protocol = ASKED[name]
+    embedder = Literal()
+    protocol(data, Vectors(embedder, tmp_path), Missing(False), how)  # type: ignore[operator]
+    assert {(kind, prompts) for kind, prompts, _ in embedder.asked} == {(kind, own.format(how)) for kind, own in expected}
+
+
+def test_ablations_share_no_vectors_but_those_of_the_same_prompt(tmp_path: Path) -> None:
+    """Three sets on CIRR's data and one cache: all is embedded three times, except what is bare in either of two sets."""
+    embedder = Literal()
+    vectors = Vectors(embedder, tmp_path)
+    for asked in ("last", "prompt", "retrieval"):
+        cirr(CIRR, vectors, Missing(False), asked)
+    assert vectors.embedded == 3 * (len(CIRR.gallery) + len(CIRR.queries))
+    fashioniq({"dress": CIRR}, vectors, Missing(False), "last")  # pictures bare as in "cirr-last"; the raw sums are its own
+    assert vectors.embedded == 3 * (len(CIRR.gallery) + len(CIRR.queries)) + len(CIRR.queries)
+
+
 def test_fashion_text() -> None:
     assert fashion_text([" is red. ", "?has, sleeves,."]) == "is red, has, sleeves"
 

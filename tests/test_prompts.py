@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from e5v_search.errors import UsageError
-from e5v_search.prompts import LLAMA3_CHAT, PROMPT_SETS, load_prompts
+from e5v_search.prompts import LLAMA3_CHAT, PROMPT_SETS, load_prompts, own_set
 
 
 def test_the_papers_strings_to_the_letter() -> None:
@@ -28,6 +28,58 @@ def test_names_of_design_are_all_there() -> None:
     assert set(PROMPT_SETS) == {
         "retrieval", "cirr", "fashioniq-dress", "fashioniq-shirt", "fashioniq-toptee", "sts", "last", "prompt",
     }  # fmt: skip
+
+
+# Table 6's "Last" and "Prompt", written out for each protocol: (text, image, composed)
+ABLATIONS: dict[str, tuple[str | None, str | None, str | None]] = {
+    "last": ("<sent>", "<image>", None),
+    "prompt": ("<sent>\nSummary above sentence: ", "<image>\nSummary above image: ", None),
+    "cirr-last": ("<sent>", "<image>", "<image><sent>"),
+    "cirr-prompt": (
+        "<sent>\nSummary above sentence: ",
+        "<image>\n Describe this image:",
+        '<image>Modify this image with "<sent>", desribe modified image:',
+    ),
+    "fashioniq-dress-last": ("<sent>", "<image>", "<image><sent>"),
+    "fashioniq-dress-prompt": (
+        "<sent>\nSummary above sentence: ",
+        "<image>\n Describe this dress based on its style:",
+        "<image> change the style of this dress to <sent>\n Desribe this modified dress based on its style:",
+    ),
+    "fashioniq-toptee-prompt": (
+        "<sent>\nSummary above sentence: ",
+        "<image>\n Describe this shirt based on its style:",
+        "<image> change the style of this shirt to <sent>\n Desribe this modified shirt based on its style:",
+    ),
+    "sts-last": ("<sent>", None, None),
+    "sts-prompt": (" <sent>\nSummary above sentence:", None, None),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_to_the_letter(name: str) -> None:
+    prompts = load_prompts(name)
+    assert (prompts.name, prompts.text, prompts.image, prompts.composed) == (name, *ABLATIONS[name])
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "taken"),
+    [
+        (None, "retrieval", "retrieval"),
+        ("last", "retrieval", "last"),
+        ("prompt", "retrieval", "prompt"),
+        ("retrieval", "retrieval", "retrieval"),
+        (None, "cirr", "cirr"),
+        ("last", "cirr", "cirr-last"),
+        ("prompt", "fashioniq-dress", "fashioniq-dress-prompt"),
+        ("retrieval", "sts", "sts"),
+        ("cirr", "fashioniq-dress", "cirr"),
+        ("cirr-last", "fashioniq-dress", "cirr-last"),
+        ("mine.toml", "sts", "mine.toml"),
+    ],
+)
+def test_what_is_asked_for_in_a_tasks_own_words(asked: str | None, own: str, taken: str) -> None:
+    assert own_set(asked, own) == taken
 
 
 def test_missing_prompt_says_what_the_set_has() -> None:
@@ -56,7 +108,7 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["nonsense", "nowhere.toml"])
+@pytest.mark.parametrize("name", ["nonsense", "nowhere.toml", "retrieval-last", "last-prompt"])
 def test_unknown_set(name: str) -> None:
     with pytest.raises(UsageError, match=name):
         load_prompts(name)

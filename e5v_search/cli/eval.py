@@ -44,7 +44,7 @@ _LISTED = 20  # pictures left out, on stderr
         "e5v-search eval folder --data photos --limit 2 --out first.json --json",
         "e5v-search eval folder --data photos --prompts last,prompt,retrieval --out prompts.json",
         "e5v-search eval folder --data photos --limit 2 --prompts prompt --out second.json --markdown",
-        "e5v-search eval scenes --limit 10 --model e5v-tiny",
+        "e5v-search eval scenes --limit 2 --prompts last,prompt,retrieval --model e5v-tiny",
         "e5v-search eval --compare first.json second.json",
         "e5v-search eval folder --data photos --allow-missing --cache vectors --model e5v-tiny --device cpu --dtype float32 -q",
     ),
@@ -55,7 +55,10 @@ _LISTED = 20  # pictures left out, on stderr
 )
 @model_options
 @click.option(
-    "--prompts", metavar="SET[,SET]", help="Prompt sets in place of the protocol's own; several are compared in one table."
+    "--prompts",
+    metavar="SET[,SET]",
+    help="Prompt sets in place of the protocol's own, of which last, prompt and retrieval are its forms in the paper's table 6; "
+    "several are compared in one table.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N pictures, queries, or pairs of each task.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Where to keep the report.")

@@ -19,7 +19,7 @@ import numpy as np
 from e5v_search.embedder import Embedder, embed_each
 from e5v_search.errors import MissingPackage, OutOfMemory, TextTooLong, UsageError
 from e5v_search.evaluation.protocols import sts_sentence
-from e5v_search.prompts import load_prompts
+from e5v_search.prompts import load_prompts, own_set
 
 Batch = Mapping[str, Sequence[Any]]
 
@@ -27,9 +27,10 @@ Batch = Mapping[str, Sequence[Any]]
 class MtebModel:
     """`embedder` behind mteb's EncoderProtocol.
 
-    Without `prompts` the task decides: the set "sts" for STS on texts, "cirr" where queries are a picture and a text, else
-    "retrieval". Sentences of STS are treated as in the paper. A picture with a text is a composed query; as a document, which
-    asks for no change, it is the sum of both. Raises MissingPackage without mteb, UsageError for an unknown prompt set.
+    The task decides on the prompt set: "sts" for STS on texts, "cirr" where queries are a picture and a text, else "retrieval".
+    `prompts` takes the place of it, as `prompts.own_set` says. Sentences of STS are treated as in the paper. A picture with a
+    text is a composed query; as a document, which asks for no change, it is the sum of both. Raises MissingPackage without
+    mteb, UsageError for an unknown prompt set.
     """
 
     def __init__(self, embedder: Embedder, prompts: str | None = None) -> None:
@@ -82,7 +83,7 @@ class MtebModel:
         **kwargs: Any,
     ) -> np.ndarray:
         """-> (n, dim) float32, rows of length 1, one for each input of the batches, in their order."""
-        prompts = self.prompts or _prompts(task_metadata)
+        prompts = own_set(self.prompts, _own_prompts(task_metadata))
         parts = [self._batch(batch, prompts, task_metadata, prompt_type) for batch in inputs]
         return np.concatenate([np.empty((0, self.embedder.dim), np.float32), *parts])
 
@@ -132,7 +133,7 @@ class MtebModel:
         return embed_each(texts, lambda some: self.embedder.embed_texts(some, prompts))
 
 
-def _prompts(task: Any) -> str:
+def _own_prompts(task: Any) -> str:
     if task.type == "STS":
         return "sts"
     return "cirr" if (task.category or "").startswith("it2") else "retrieval"

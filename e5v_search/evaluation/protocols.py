@@ -1,4 +1,7 @@
-"""The protocols of the paper's code (kongds/E5-V), to the letter: what is embedded with which prompt, what counts as found."""
+"""The protocols of the paper's code (kongds/E5-V), to the letter: what is embedded with which prompt, what counts as found.
+
+Each has a prompt set of its own; `prompts` takes the place of it, as `prompts.own_set` says.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,6 +14,7 @@ from e5v_search.evaluation.metrics import Outcome, Part, Ranked, Rated
 from e5v_search.evaluation.ranks import positive_ranks, top
 from e5v_search.evaluation.records import Captioned, Change, Composed, Drawn, Missing, Rating, Scenes, absent
 from e5v_search.evaluation.vectors import Vectors
+from e5v_search.prompts import own_set
 from e5v_search.render import render
 
 D = TypeVar("D", Captioned, Composed)
@@ -30,12 +34,13 @@ def gallery(data: D, vectors: Vectors, prompts: str, missing: Missing) -> tuple[
 
 
 def captioned(
-    data: Captioned, vectors: Vectors, missing: Missing, prompts: str = "retrieval", *, rendered: bool = False
+    data: Captioned, vectors: Vectors, missing: Missing, prompts: str | None = None, *, rendered: bool = False
 ) -> tuple[Outcome, Captioned]:
     """Text to image (the paper's "image retrieval") and image to text, and what was used of the data.
 
     With `rendered` it is the paper's image-image retrieval: captions are drawn as pictures and embedded as pictures are.
     """
+    prompts = own_set(prompts, "retrieval")
     data, xi = gallery(data, vectors, prompts, missing)
     texts = [caption.text for caption in data.captions]
     if rendered:
@@ -59,10 +64,9 @@ def captioned(
     return Outcome(parts, gap=gap), data
 
 
-def cirr(data: Composed, vectors: Vectors, missing: Missing, prompts: str = "cirr") -> tuple[Outcome, Composed]:
+def cirr(data: Composed, vectors: Vectors, missing: Missing, prompts: str | None = None) -> tuple[Outcome, Composed]:
     """Recall@1/5/10/50 over the split, Recall_subset@1/2/3 within the query's own set; the reference is never an answer."""
-    data, xb = gallery(data, vectors, prompts, missing)
-    xq = _composed(data, vectors, prompts)
+    data, xq, xb = _embedded(data, vectors, own_set(prompts, "cirr"), missing)
     targets, references = _targets(data), [(q.reference,) for q in data.queries]
     parts: dict[str, Part] = {"": Ranked(positive_ranks(xq, xb, targets, references), CIRR_KS)}
     if all(q.members for q in data.queries):
@@ -71,11 +75,10 @@ def cirr(data: Composed, vectors: Vectors, missing: Missing, prompts: str = "cir
 
 
 def cirr_submission(
-    data: Composed, vectors: Vectors, missing: Missing, prompts: str = "cirr"
+    data: Composed, vectors: Vectors, missing: Missing, prompts: str | None = None
 ) -> tuple[dict[str, dict[str, Any]], Composed]:
     """What CIRR's server is given for the test split, whose targets are secret: the two files by the metric they are for."""
-    data, xb = gallery(data, vectors, prompts, missing)
-    xq = _composed(data, vectors, prompts)
+    data, xq, xb = _embedded(data, vectors, own_set(prompts, "cirr"), missing)
     best = top(xq, xb, min(SUBMITTED, len(xb) - 1), [(q.reference,) for q in data.queries])
     names = [source.name for source in data.gallery]
     files = {"recall": {q.key: [names[i] for i in row] for q, row in zip(data.queries, best, strict=True)}}
@@ -95,12 +98,12 @@ def fashioniq(
 ) -> tuple[Outcome, dict[str, Composed]]:
     """Recall@10/50 in each category's own gallery, and their means; the reference stays in the gallery, as a wrong answer.
 
-    Without `prompts` each category has its own set, of which toptee's says "shirt", as the paper's code does.
+    Each category has its own set, of which toptee's says "shirt", as the paper's code does.
     """
     parts: dict[str, Part] = {}
     used = {}
     for category, part in data.items():
-        name = prompts or f"fashioniq-{category}"
+        name = own_set(prompts, f"fashioniq-{category}")
         used[category], xb = gallery(part, vectors, name, missing)
         xq = _both_orders(used[category], vectors, name)
         parts[category] = Ranked(positive_ranks(xq, xb, _targets(used[category])), FASHION_KS)
@@ -108,11 +111,12 @@ def fashioniq(
     return Outcome(parts, averages), used
 
 
-def sts(data: Rating, vectors: Vectors, missing: Missing, prompts: str = "sts") -> tuple[Outcome, Rating]:
+def sts(data: Rating, vectors: Vectors, missing: Missing, prompts: str | None = None) -> tuple[Outcome, Rating]:
     """Spearman over all pairs of a task, its subsets joined into one list ("all"), and the mean over the tasks.
 
     The paper's code averages values that it has rounded to two digits; here they are not.
     """
+    prompts = own_set(prompts, "sts")
     parts: dict[str, Part] = {}
     for task, pairs in data.tasks.items():
         sides = [pair.a for pair in pairs], [pair.b for pair in pairs]
@@ -123,11 +127,11 @@ def sts(data: Rating, vectors: Vectors, missing: Missing, prompts: str = "sts") 
 
 def scenes(data: Scenes, vectors: Vectors, missing: Missing, prompts: str | None = None) -> tuple[Outcome, Scenes]:
     """The four protocols on drawn pictures: text-image ("t2i", "i2t"), the same with drawn captions ("rendered_..."), composed
-    by CIRR's rules, and STS. Without `prompts` each has its own set."""
-    plain, _ = captioned(data.captioned, vectors, missing, prompts or "retrieval")
-    drawn, _ = captioned(data.captioned, vectors, missing, prompts or "retrieval", rendered=True)
-    changed, _ = cirr(data.composed, vectors, missing, prompts or "cirr")
-    rated, _ = sts(data.rating, vectors, missing, prompts or "sts")
+    by CIRR's rules, and STS. Each has its own set."""
+    plain, _ = captioned(data.captioned, vectors, missing, prompts)
+    drawn, _ = captioned(data.captioned, vectors, missing, prompts, rendered=True)
+    changed, _ = cirr(data.composed, vectors, missing, prompts)
+    rated, _ = sts(data.rating, vectors, missing, prompts)
     parts = {
         **plain.parts,
         **{f"rendered_{name}": part for name, part in drawn.parts.items()},
@@ -151,8 +155,10 @@ def fashion_text(captions: Sequence[str]) -> str:
     return ", ".join(caption.strip(".?, ") for caption in captions)
 
 
-def _composed(data: Composed, vectors: Vectors, prompts: str) -> np.ndarray:
-    return vectors.composed([(data.gallery[q.reference], q.texts[0]) for q in data.queries], prompts)
+def _embedded(data: Composed, vectors: Vectors, prompts: str, missing: Missing) -> tuple[Composed, np.ndarray, np.ndarray]:
+    """What can be used of CIRR's data, and the vectors of its queries and of its gallery."""
+    data, xb = gallery(data, vectors, prompts, missing)
+    return data, vectors.composed([(data.gallery[q.reference], q.texts[0]) for q in data.queries], prompts), xb
 
 
 def _both_orders(data: Composed, vectors: Vectors, prompts: str) -> np.ndarray:

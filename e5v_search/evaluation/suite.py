@@ -18,22 +18,22 @@ from e5v_search.evaluation.records import Captioned, Composed, Data, Loaded, Mis
 from e5v_search.evaluation.report import Report
 from e5v_search.evaluation.submission import write_submissions
 from e5v_search.evaluation.vectors import Vectors
-from e5v_search.prompts import load_prompts
+from e5v_search.prompts import FORMS, load_prompts, own_set
 
-# (outcome, what was used of the data), from (data, vectors, missing, prompts)
-Protocol = Callable[[Any, Vectors, Missing, str], tuple[Outcome, Data]]
+# (outcome, what was used of the data), from (data, vectors, missing, prompts in place of the protocol's own)
+Protocol = Callable[[Any, Vectors, Missing, str | None], tuple[Outcome, Data]]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """`prompts` None: a set for each part, which the protocol knows. `elsewhere`: from the hub, or drawn here."""
+    """`prompts`: the protocol's own set, or what its sets are called together. `elsewhere`: from the hub, or drawn here."""
 
     summary: str
     local: Callable[[Path], Loaded] | None
     elsewhere: Callable[[], Loaded] | None
     protocol: str
     measure: Protocol | None  # None: CIRR's test split, whose targets are secret
-    prompts: str | None = "retrieval"
+    prompts: str = "retrieval"
 
 
 _RETRIEVAL = "text-image retrieval, both ways"
@@ -67,14 +67,14 @@ DATASETS: dict[str, Dataset] = {
         "cirr",
     ),
     "fashioniq": Dataset(
-        "FashionIQ's validation split", read_composed.fashioniq, read_hub.fashioniq, _COMPOSED, protocols.fashioniq, None
+        "FashionIQ's validation split", read_composed.fashioniq, read_hub.fashioniq, _COMPOSED, protocols.fashioniq, "fashioniq"
     ),
     "sts": Dataset(
         "seven tasks of rated sentence pairs", read_sts.sts, None, "semantic textual similarity", protocols.sts, "sts"
     ),
     "flickr8k": Dataset("Flickr8k's 1,000 test pictures", read_captioned.flickr8k, None, _RETRIEVAL, protocols.captioned),
     "coco-mini": Dataset("a hundred pictures of COCO", read_captioned.coco_mini, None, _RETRIEVAL, protocols.captioned),
-    "scenes": Dataset("drawn shapes, all types of task", None, made_scenes.scenes, _ALL, protocols.scenes, None),
+    "scenes": Dataset("drawn shapes, all types of task", None, made_scenes.scenes, _ALL, protocols.scenes, "scenes"),
     "folder": Dataset("your photos with a captions file", read_captioned.folder, None, _RETRIEVAL, protocols.captioned),
 }
 
@@ -86,7 +86,7 @@ def check(name: str, data: Path | None, prompts: str | None = None) -> None:
         raise UsageError(f"{name} are drawn and need no --data")
     if data is None and dataset.elsewhere is None:
         raise UsageError(f"{name} is not on the model hub: give the folder that it lies in with --data")
-    if prompts is not None:
+    if prompts is not None and prompts not in FORMS:
         chosen = load_prompts(prompts)
         for kind in _KINDS.get(dataset.protocol, ("text",)):
             chosen.get(kind)
@@ -129,26 +129,26 @@ def evaluate(
 ) -> Report:
     """Measure `embedder` on data that `read` gave, by the paper's protocol, with vectors kept in the folder `cache`.
 
-    `prompts` replaces the protocol's own set; `out` is where the report will be, beside which CIRR's files are put.
-    Raises DataError for missing pictures unless allowed.
+    `prompts` takes the place of the protocol's own set, as `prompts.own_set` says. `out` is where the report will be, beside
+    which CIRR's files are put. Raises DataError for missing pictures unless allowed.
     """
     dataset = DATASETS[name]
     start = time.monotonic()
     vectors, missing = Vectors(embedder, cache, on_progress), Missing(allow_missing)
-    chosen: Any = prompts or dataset.prompts
+    shown = own_set(prompts, dataset.prompts)
     submissions: tuple[str, ...] = ()
     used: Data
     if dataset.measure is None:
         if out is None or not isinstance(loaded.data, Composed):
             raise UsageError(f"{name} writes files for CIRR's server beside the report: say where with --out FILE.json")
-        files, used = protocols.cirr_submission(loaded.data, vectors, missing, chosen)
+        files, used = protocols.cirr_submission(loaded.data, vectors, missing, prompts)
         outcome = Outcome({})
         whole = limit is None and not missing.reasons
-        submissions = write_submissions(files, out, [q.key for q in loaded.data.queries] if whole else None)
+        place = out if shown == dataset.prompts else out.with_stem(f"{out.stem}-{Path(shown).stem}")
+        submissions = write_submissions(files, place, [q.key for q in loaded.data.queries] if whole else None)
     else:
-        outcome, used = dataset.measure(loaded.data, vectors, missing, chosen)
+        outcome, used = dataset.measure(loaded.data, vectors, missing, prompts)
     queries, gallery = _sizes(used)
-    shown = str(chosen or name)
     return Report(
         dataset=name,
         model=embedder.name,
