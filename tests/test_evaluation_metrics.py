@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from e5v_search.evaluation import ranks
 from e5v_search.evaluation.bootstrap import intervals, paired
 from e5v_search.evaluation.metrics import Outcome, Ranked, Rated, spearman
-from e5v_search.evaluation.ranks import positive_ranks, score_ranks, top
+from e5v_search.evaluation.ranks import positive_ranks, ranks_both_ways, score_ranks, top
 
 
 def once(part: Ranked | Rated) -> dict[str, float]:
@@ -117,11 +117,65 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (positive_ranks(xq, xb, right) == whole).all()
 
 
+@st.composite
+def partners(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[tuple[int, ...]]]:
+    """Whole numbers, so that scores are exact and often tie; partners anywhere, of a and of b from none to several."""
+    n, m = draw(st.integers(1, 14)), draw(st.integers(1, 9))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    xa, xb = (rng.integers(-1, 2, (size, 3)).astype(np.float32) for size in (n, m))
+    own = draw(st.lists(st.sets(st.integers(0, m - 1), max_size=4).map(sorted).map(tuple), min_size=n, max_size=n))
+    return xa, xb, own
+
+
+@settings(max_examples=150, deadline=None)
+@given(partners(), st.sampled_from([1, 4, 30, 10_000]), st.sampled_from([1, 3]))
+def test_both_ways_at_once_is_either_way_alone(
+    case: tuple[np.ndarray, np.ndarray, list[tuple[int, ...]]], tile: int, rows: int
+) -> None:
+    xa, xb, own = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "TILE", tile)
+        patch.setattr(ranks, "QUERIES", rows)
+        there, back = ranks_both_ways(xa, xb, own)
+    of_b = [[i for i, some in enumerate(own) if j in some] for j in range(len(xb))]
+    for found, scores, right in ((there, xa @ xb.T, own), (back, xb @ xa.T, of_b)):
+        plain = [plain_ranks(row, set(some), set()) for row, some in zip(scores, right, strict=True)]
+        assert [[rank for rank in row if rank] for row in found.tolist()] == plain
+        assert found.shape == (len(right), max(map(len, right)))
+
+
+def test_scores_that_differ_by_rounding_alone_tie() -> None:
+    """Rows of ±1 made to length 1: a score is a number of agreements, which products in float32 round in several ways."""
+    rng = np.random.default_rng(0)
+    signs_b = rng.choice([-1, 1], (300, 40))
+    signs_a = np.repeat(signs_b, 5, axis=0) * rng.choice([-1, 1], (1500, 40), p=[0.3, 0.7])
+    xa, xb = ((signs / np.sqrt(40)).astype(np.float32) for signs in (signs_a, signs_b))
+    scores = xa @ xb.T
+    assert len(np.unique(scores)) > len(np.unique(signs_a @ signs_b.T))
+    for order in (np.arange(1500), rng.permutation(1500)):
+        owners = [(int(i // 5),) for i in order]
+        captions = [tuple(np.flatnonzero(order // 5 == i)) for i in range(300)]
+        exact = signs_a[order] @ signs_b.T
+        expected = score_ranks(exact, owners), score_ranks(exact.T, captions)
+        assert (positive_ranks(xa[order], xb, owners) == expected[0]).all()
+        assert (positive_ranks(xb, xa[order], captions) == expected[1]).all()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks, "TILE", 20_000)
+            there, back = ranks_both_ways(xa[order], xb, owners)
+        assert (there == expected[0]).all()
+        assert (back == expected[1]).all()
+
+
 def test_collapsed_vectors_find_nothing() -> None:
     x = np.ones((20, 3), np.float32)
     values = once(Ranked(positive_ranks(x, x, [(i,) for i in range(20)])))
     assert values["r@10"] == 0
     assert values["median_rank"] == 20
+    there, back = ranks_both_ways(
+        np.ones((600, 7), np.float32) / 7, np.ones((120, 7), np.float32) / 7, [(i // 5,) for i in range(600)]
+    )
+    assert (there == 120).all()
+    assert (back == np.arange(596, 601)).all()
 
 
 def test_top_is_in_gallery_order_where_scores_tie() -> None:

@@ -57,8 +57,8 @@ _LISTED = 20  # pictures left out, on stderr
 @click.option(
     "--prompts",
     metavar="SET[,SET]",
-    help="Prompt sets in place of the protocol's own, of which last, prompt and retrieval are its forms in the paper's table 6; "
-    "several are compared in one table.",
+    help="Prompt sets in place of the protocol's own, of which last, prompt and retrieval are its forms in the paper's table "
+    "6; several are compared in one table.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N pictures, queries, or pairs of each task.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Where to keep the report.")

@@ -11,7 +11,7 @@ import numpy as np
 
 from e5v_search.evaluation.gap import modality_gap
 from e5v_search.evaluation.metrics import Outcome, Part, Ranked, Rated
-from e5v_search.evaluation.ranks import positive_ranks, top
+from e5v_search.evaluation.ranks import positive_ranks, ranks_both_ways, top
 from e5v_search.evaluation.records import Captioned, Change, Composed, Drawn, Missing, Rating, Scenes, absent
 from e5v_search.evaluation.vectors import Vectors
 from e5v_search.prompts import own_set
@@ -51,15 +51,9 @@ def captioned(
         xt = np.delete(xt, list(bad), axis=0)
     else:
         xt = vectors.texts(texts, prompts)
-    captions_of: list[list[int]] = [[] for _ in data.gallery]
-    for at, caption in enumerate(data.captions):
-        for owner in caption.owners:
-            captions_of[owner].append(at)
-    asked = [i for i, own in enumerate(captions_of) if own]
-    parts: dict[str, Part] = {
-        "t2i": Ranked(positive_ranks(xt, xi, [caption.owners for caption in data.captions])),
-        "i2t": Ranked(positive_ranks(xi[asked], xt, [captions_of[i] for i in asked])),
-    }
+    t2i, i2t = ranks_both_ways(xt, xi, [caption.owners for caption in data.captions])
+    asked = i2t[:, 0] > 0  # a picture without captions asks nothing, but is there to be found
+    parts: dict[str, Part] = {"t2i": Ranked(t2i), "i2t": Ranked(i2t[asked])}
     gap = modality_gap(xi, xt) if min(len(xi), len(xt)) > 1 else None
     return Outcome(parts, gap=gap), data
 

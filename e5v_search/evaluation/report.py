@@ -16,7 +16,7 @@ from e5v_search.evaluation.gap import Gap
 from e5v_search.evaluation.metrics import Outcome, Part, Ranked, Rated
 from e5v_search.evaluation.paper import OURS, baselines, summary
 
-TIES = "an item that is right ranks behind every wrong one of the same score"
+TIES = "an item that is right ranks behind every wrong one of the same score, up to 2**-19"
 
 
 @dataclass(frozen=True)
