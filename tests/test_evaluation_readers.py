@@ -246,32 +246,32 @@ def hub(tmp_path: Path) -> read_hub.Open:
             # the library knows a split by its file's name, and calls val "validation"
             table.to_parquet(tmp_path / name / f"{split}.parquet")
 
-    def open_(repository: str, split: str) -> tuple[read_hub.Table, str]:
-        return read_hub.open_table(str(tmp_path / repository), {"val": "validation"}.get(split, split))
+    def open_(repository: str, split: str, revision: str | None) -> tuple[read_hub.Table, str]:
+        return read_hub.open_table(str(tmp_path / repository), {"val": "validation"}.get(split, split), revision)
 
     return open_
 
 
 def test_hub_captions(hub: read_hub.Open) -> None:
-    loaded = read_hub.flickr30k(hub)
+    loaded = read_hub.FLICKR30K({}, hub)
     assert captions(loaded) == [(f"{i} {j}", (i,)) for i in range(2) for j in range(5)]
     assert isinstance(loaded.data, Captioned)
     assert [source.picture() for source in loaded.data.gallery] == [png("red"), png("green")]
 
 
 def test_hub_cirr(hub: read_hub.Open) -> None:
-    data = read_hub.cirr(open_=hub).data
+    data = read_hub.CIRR({}, hub).data
     assert isinstance(data, Composed)
     [query] = data.queries
     assert (query.reference, query.target, query.texts, query.members) == (1, 2, ("make it blue",), ())
     assert data.gallery[1].picture() == png("green")
-    data = read_hub.cirr("test", hub).data
+    data = read_hub.CIRR_TEST({}, hub).data
     assert isinstance(data, Composed)
     assert (data.queries[0].key, data.queries[0].target) == ("9", None)
 
 
 def test_hub_fashioniq(hub: read_hub.Open) -> None:
-    data = read_hub.fashioniq(hub).data
+    data = read_hub.FASHIONIQ({}, hub).data
     assert isinstance(data, dict)
     assert [source.name for source in data["dress"].gallery] == ["d0", "d1"]
     [query] = data["shirt"].queries

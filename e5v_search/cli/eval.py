@@ -53,6 +53,13 @@ _LISTED = 20  # pictures left out, on stderr
 @click.option(
     "--data", type=click.Path(path_type=Path), metavar="DIR", help="The data set's folder; else it comes from the hub."
 )
+@click.option(
+    "--revision",
+    "revisions",
+    multiple=True,
+    metavar="REPOSITORY@REVISION",
+    help="Which commit, tag or branch of a repository of the hub, e.g. one that an earlier report names; may be repeated.",
+)
 @model_options
 @click.option(
     "--prompts",
@@ -85,6 +92,7 @@ def evaluate(
     ctx: click.Context,
     dataset: str | None,
     data: Path | None,
+    revisions: tuple[str, ...],
     model: str,
     device: str,
     dtype: str,
@@ -116,12 +124,13 @@ def evaluate(
     from e5v_search.config import data_home
     from e5v_search.evaluation import suite
 
+    pinned = dict(map(_pin, revisions))
     sets = prompts.split(",") if prompts else [None]
     for name in sets:
-        suite.check(dataset, data, name)
+        suite.check(dataset, data, name, pinned)
     if suite.DATASETS[dataset].measure is None and out is None:
         raise UsageError(f"{dataset} writes files for CIRR's server beside the report: say where with --out FILE.json")
-    loaded = suite.read(dataset, data, limit, allow_missing)
+    loaded = suite.read(dataset, data, limit, allow_missing, pinned)
     from e5v_search.backbones import Embedder
 
     embedder = Embedder.load(model, device=device, dtype=dtype, quantize=quantize)
@@ -150,6 +159,13 @@ def evaluate(
         click.echo(f"and {count(len(missing) - _LISTED, 'more picture')}: --json and --out list them all", err=True)
     if missing:
         ctx.exit(1)
+
+
+def _pin(text: str) -> tuple[str, str]:
+    repository, _, revision = text.partition("@")
+    if not repository or not revision:
+        raise UsageError(f"--revision {text}: a repository, @, and a commit, tag or branch are needed")
+    return repository, revision
 
 
 def _print(reports: "Sequence[Report]", as_json: bool, as_markdown: bool) -> None:

@@ -1,14 +1,14 @@
 """The data sets on the model hub that the paper's code reads, through the package `datasets`."""
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, Self
 
-from e5v_search.errors import DataError, MissingPackage
+from e5v_search.errors import DataError, MissingPackage, UsageError
 from e5v_search.evaluation.read_captioned import CAPTIONS
 from e5v_search.evaluation.read_composed import CATEGORIES
-from e5v_search.evaluation.records import Caption, Captioned, Change, Composed, Encoded, Loaded
+from e5v_search.evaluation.records import Caption, Captioned, Change, Composed, Data, Encoded, Loaded
 
 
 class Table(Protocol):
@@ -19,54 +19,76 @@ class Table(Protocol):
     def select_columns(self, names: list[str]) -> Self: ...
 
 
-Open = Callable[[str, str], tuple[Table, str]]  # repository, split -> rows, commit
+Open = Callable[[str, str, str | None], tuple[Table, str]]  # repository, split, revision -> rows, commit
 
 
-def open_table(repository: str, split: str) -> tuple[Table, str]:
-    """Raises MissingPackage with the line that mends it, or DataError when the hub cannot be reached."""
+def open_table(repository: str, split: str, revision: str | None = None) -> tuple[Table, str]:
+    """A split at `revision` (a commit, tag or branch; None: as it is now), and the commit that this is.
+
+    Raises MissingPackage with the line that mends it, or DataError when the hub cannot be reached or has no such revision.
+    """
     try:
         import datasets
     except ImportError:
         raise MissingPackage(
             "data sets of the hub need one more package: pip install 'e5v-search[eval]' (or give a local copy with --data)"
         ) from None
+    wanted = repository if revision is None else f"{repository}@{revision}"
     try:
-        table = datasets.load_dataset(repository, split=split)
+        builder = datasets.load_dataset_builder(repository, revision=revision)
+        # out of the hub's reach the library takes the copy that it has, of whatever revision
+        if builder.name == "cache" and revision not in (None, builder.hash):
+            raise DataError(f"only {repository}@{builder.hash} is on this machine")
+        builder.download_and_prepare()
+        table = builder.as_dataset(split=split)
     except Exception as error:  # the library passes on whatever its many parts raise
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{repository} could not be had from the hub ({reason}); check the network, or give a local copy with --data"
+            f"{wanted} could not be had from the hub ({reason}); check the network, or give a local copy with --data"
         ) from error
     for column, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
-    checksums = " ".join(table.info.download_checksums or {})
-    commit = re.search(rf"{re.escape(repository)}@([0-9a-f]{{40}})", checksums)
-    return table, commit[1] if commit else "unknown"
+    return table, builder.hash
 
 
-def flickr30k(open_: Open = open_table) -> Loaded:
-    return _captioned("royokong/flickr30k_test", open_)
+@dataclass(frozen=True)
+class Hub:
+    """A data set on the hub: its tables, as (repository, split), and what makes the data from them."""
+
+    tables: tuple[tuple[str, str], ...]
+    build: Callable[..., Data]
+    notes: tuple[str, ...] = ()
+
+    def check(self, revisions: Mapping[str, str]) -> None:
+        """Raises UsageError for a revision of a repository that is not read."""
+        read = [repository for repository, _ in self.tables]
+        for repository, revision in revisions.items():
+            if repository not in read:
+                raise UsageError(f"--revision {repository}@{revision}: the repositories here are {' and '.join(read)}")
+
+    def __call__(self, revisions: Mapping[str, str], open_: Open = open_table) -> Loaded:
+        """The data at `revisions`, by repository; one that has none is read as it is now."""
+        self.check(revisions)
+        found = [open_(repository, split, revisions.get(repository)) for repository, split in self.tables]
+        commits = (f"{repository}@{commit}" for (repository, _), (_, commit) in zip(self.tables, found, strict=True))
+        return Loaded(self.build(*(table for table, _ in found)), "the model hub", ", ".join(commits), self.notes)
 
 
-def coco(open_: Open = open_table) -> Loaded:
-    return _captioned("royokong/coco_test", open_)
+def _captioned(table: Table) -> Captioned:
+    texts = list(table.select_columns(["text"])["text"])
+    gallery = tuple(Encoded(f"row {i}", partial(_picture, table, i, "image")) for i in range(len(table)))
+    captions = tuple(Caption(text, (i,)) for i, own in enumerate(texts) for text in own[:CAPTIONS])
+    return Captioned(gallery, captions)
 
 
-def cirr(split: str = "val", open_: Open = open_table) -> Loaded:
-    """CIRR's split "val" or "test". The hub's tables do not name the sets that Recall_subset needs."""
-    queries, commit = open_(f"royokong/cirr_{split}", split)
-    images, commit_of_images = open_("royokong/cirr_imgs", split)
-    data = _composed(queries, images, range(len(queries)), range(len(images)), secret=split == "test")
-    note = "without CIRR's own files the members of its sets are not known: no Recall_subset"
-    return Loaded(data, f"royokong/cirr_{split}", _revision(commit, commit_of_images), (note,))
+def _cirr(queries: Table, images: Table, secret: bool = False) -> Composed:
+    return _composed(queries, images, range(len(queries)), range(len(images)), secret)
 
 
-def fashioniq(open_: Open = open_table) -> Loaded:
-    queries, commit = open_("royokong/fashioniq_val", "val")
-    images, commit_of_images = open_("royokong/fashioniq_val_imgs", "val")
+def _fashioniq(queries: Table, images: Table) -> dict[str, Composed]:
     kinds, kinds_of_images = (list(table.select_columns(["category"])["category"]) for table in (queries, images))
-    found = {
+    return {
         category: _composed(
             queries,
             images,
@@ -75,19 +97,6 @@ def fashioniq(open_: Open = open_table) -> Loaded:
         )
         for category in CATEGORIES
     }
-    return Loaded(found, "royokong/fashioniq_val", _revision(commit, commit_of_images))
-
-
-def _revision(commit: str, commit_of_images: str) -> str:
-    return f"{commit}, pictures {commit_of_images}"
-
-
-def _captioned(repository: str, open_: Open) -> Loaded:
-    table, commit = open_(repository, "test")
-    texts = list(table.select_columns(["text"])["text"])
-    gallery = tuple(Encoded(f"{repository}/{i}", partial(_picture, table, i, "image")) for i in range(len(table)))
-    captions = tuple(Caption(text, (i,)) for i, own in enumerate(texts) for text in own[:CAPTIONS])
-    return Loaded(Captioned(gallery, captions), repository, commit)
 
 
 def _composed(queries: Table, images: Table, wanted: Any, wanted_images: Any, secret: bool = False) -> Composed:
@@ -111,3 +120,12 @@ def _composed(queries: Table, images: Table, wanted: Any, wanted_images: Any, se
 def _picture(table: Table, row: int, column: str) -> bytes:
     data: bytes = table[row][column]["bytes"]
     return data
+
+
+_NO_SETS = ("without CIRR's own files the members of its sets are not known: no Recall_subset",)
+
+FLICKR30K = Hub((("royokong/flickr30k_test", "test"),), _captioned)
+COCO = Hub((("royokong/coco_test", "test"),), _captioned)
+CIRR = Hub((("royokong/cirr_val", "val"), ("royokong/cirr_imgs", "val")), _cirr, _NO_SETS)
+CIRR_TEST = Hub((("royokong/cirr_test", "test"), ("royokong/cirr_imgs", "test")), partial(_cirr, secret=True), _NO_SETS)
+FASHIONIQ = Hub((("royokong/fashioniq_val", "val"), ("royokong/fashioniq_val_imgs", "val")), _fashioniq)

@@ -14,6 +14,7 @@ from e5v_search.errors import UsageError
 from e5v_search.evaluation import made_scenes, protocols, read_captioned, read_composed, read_hub, read_sts
 from e5v_search.evaluation.bootstrap import intervals
 from e5v_search.evaluation.metrics import Outcome
+from e5v_search.evaluation.read_hub import Hub
 from e5v_search.evaluation.records import Captioned, Composed, Data, Loaded, Missing, Rating, Scenes, absent
 from e5v_search.evaluation.report import Report
 from e5v_search.evaluation.submission import write_submissions
@@ -30,7 +31,7 @@ class Dataset:
 
     summary: str
     local: Callable[[Path], Loaded] | None
-    elsewhere: Callable[[], Loaded] | None
+    elsewhere: Hub | Callable[[], Loaded] | None
     protocol: str
     measure: Protocol | None  # None: CIRR's test split, whose targets are secret
     prompts: str = "retrieval"
@@ -50,24 +51,24 @@ _rendered = partial(protocols.captioned, rendered=True)
 
 DATASETS: dict[str, Dataset] = {
     "flickr30k": Dataset(
-        "Flickr30K's 1,000 test pictures", read_captioned.flickr30k, read_hub.flickr30k, _RETRIEVAL, protocols.captioned
+        "Flickr30K's 1,000 test pictures", read_captioned.flickr30k, read_hub.FLICKR30K, _RETRIEVAL, protocols.captioned
     ),
-    "coco": Dataset("COCO's 5,000 test pictures", read_captioned.coco, read_hub.coco, _RETRIEVAL, protocols.captioned),
+    "coco": Dataset("COCO's 5,000 test pictures", read_captioned.coco, read_hub.COCO, _RETRIEVAL, protocols.captioned),
     "i2i-flickr30k": Dataset(
-        "the same, captions drawn as pictures", read_captioned.flickr30k, read_hub.flickr30k, _RENDERED, _rendered
+        "the same, captions drawn as pictures", read_captioned.flickr30k, read_hub.FLICKR30K, _RENDERED, _rendered
     ),
-    "i2i-coco": Dataset("the same, captions drawn as pictures", read_captioned.coco, read_hub.coco, _RENDERED, _rendered),
-    "cirr": Dataset("CIRR's validation split", read_composed.cirr, read_hub.cirr, _COMPOSED, protocols.cirr, "cirr"),
+    "i2i-coco": Dataset("the same, captions drawn as pictures", read_captioned.coco, read_hub.COCO, _RENDERED, _rendered),
+    "cirr": Dataset("CIRR's validation split", read_composed.cirr, read_hub.CIRR, _COMPOSED, protocols.cirr, "cirr"),
     "cirr-test": Dataset(
         "CIRR's test split: files for its server",
         partial(read_composed.cirr, split="test1"),
-        partial(read_hub.cirr, "test"),
+        read_hub.CIRR_TEST,
         _COMPOSED,
         None,
         "cirr",
     ),
     "fashioniq": Dataset(
-        "FashionIQ's validation split", read_composed.fashioniq, read_hub.fashioniq, _COMPOSED, protocols.fashioniq, "fashioniq"
+        "FashionIQ's validation split", read_composed.fashioniq, read_hub.FASHIONIQ, _COMPOSED, protocols.fashioniq, "fashioniq"
     ),
     "sts": Dataset(
         "seven tasks of rated sentence pairs", read_sts.sts, None, "semantic textual similarity", protocols.sts, "sts"
@@ -79,28 +80,41 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-def check(name: str, data: Path | None, prompts: str | None = None) -> None:
+def check(name: str, data: Path | None, prompts: str | None = None, revisions: Mapping[str, str] | None = None) -> None:
     """What can be refused before a model is loaded. Raises UsageError."""
     dataset = DATASETS[name]
     if data is not None and dataset.local is None:
         raise UsageError(f"{name} are drawn and need no --data")
     if data is None and dataset.elsewhere is None:
         raise UsageError(f"{name} is not on the model hub: give the folder that it lies in with --data")
+    if revisions and (data is not None or not isinstance(dataset.elsewhere, Hub)):
+        raise UsageError(f"--revision is for data sets of the model hub, and {name} is not read from there")
+    if isinstance(dataset.elsewhere, Hub):
+        dataset.elsewhere.check(revisions or {})
     if prompts is not None and prompts not in FORMS:
         chosen = load_prompts(prompts)
         for kind in _KINDS.get(dataset.protocol, ("text",)):
             chosen.get(kind)
 
 
-def read(name: str, data: Path | None, limit: int | None = None, allow_missing: bool = False) -> Loaded:
+def read(
+    name: str,
+    data: Path | None,
+    limit: int | None = None,
+    allow_missing: bool = False,
+    revisions: Mapping[str, str] | None = None,
+) -> Loaded:
     """The data set from the folder `data`, else from the hub; of it the first `limit` pictures, queries or pairs a task.
 
+    `revisions` of the hub's repositories, by name; those without one are read as they are now. The report names the commits.
     Raises DataError for pictures that are not there, unless they may be missing: before anything is embedded.
     """
     dataset = DATASETS[name]
-    check(name, data)
+    check(name, data, revisions=revisions)
     if data is not None and dataset.local is not None:
         loaded = dataset.local(data.expanduser())
+    elif isinstance(dataset.elsewhere, Hub):
+        loaded = dataset.elsewhere(revisions or {})
     elif dataset.elsewhere is not None:
         loaded = dataset.elsewhere()
     if limit is not None:
