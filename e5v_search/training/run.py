@@ -108,8 +108,8 @@ def tune(
         except KeyboardInterrupt:
             if whole:
                 learner.save(done)
-            told = f"step {done} of {steps} is saved" if whole else "the last save is whole"
-            raise KeyboardInterrupt(f"{told}; the same command goes on from there") from None
+            told = f"step {done} of {steps} is saved" if whole else "it was in the middle of a step"
+            raise KeyboardInterrupt(f"{told}; the same command goes on from the last save") from None
     loss = sum(last) / len(last) if last else None
     skipped = {str(path): reason for path, reason in draws.skipped.items()}
     adapter, model = learner.finish(merge, done > first)
