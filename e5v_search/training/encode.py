@@ -3,7 +3,8 @@
 Rows have no padding to the left and attention is causal, so no mask is needed anywhere (see TextDecoder).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +17,10 @@ from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.backbones.tiles import Tiles
 from e5v_search.prompts import load_prompts
 from e5v_search.training.export import MEAN, STD
+from e5v_search.training.packed import last_states, pack
 from e5v_search.training.tokenizer import BOS, EOS, PAD
+
+R = TypeVar("R", bound=Sized)
 
 
 class BatchEncoder:
@@ -32,7 +36,7 @@ class BatchEncoder:
 
     def texts(self, sentences: Sequence[str], prompts: str = "retrieval") -> Tensor:
         """(n, d)"""
-        return self.last(self.rows(self.ids(load_prompts(prompts).get("text"), sentences), [None] * len(sentences)))
+        return self.read(self.ids(load_prompts(prompts).get("text"), sentences))
 
     def pictures(self, features: Tensor | Sequence[Tensor], prompts: str = "retrieval") -> Tensor:
         """Visual tokens (one (n, p, d) or n of (p_i, d)) inside the image prompt -> (n, d)"""
@@ -144,10 +148,17 @@ class BatchEncoder:
         words = iter(self.model.language_model.embed_tokens(flat).split([len(part) for part in parts]))
         return [next(words) if v is None else torch.cat((next(words), v, next(words))) for _, v in both]
 
+    def read(self, ids: Sequence[list[int]]) -> Tensor:
+        """Texts as token ids -> (n, d). What rows of one batch have in common at their beginning is computed once."""
+        return self._in_order(ids, lambda rows: last_states(self.model.language_model, pack(rows, self.device)))
+
     def last(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of input embeddings (t_i, d) -> (n, d)"""
+        return self._in_order(rows, self.model.last_hidden)
+
+    def _in_order(self, rows: Sequence[R], forward: Callable[[Sequence[R]], Tensor]) -> Tensor:
         chunks = list(self.batches.cut(range(len(rows)), lambda i: len(rows[i])))
-        hidden = torch.cat([self.model.last_hidden([rows[i] for i in chunk]) for chunk in chunks])
+        hidden = torch.cat([forward([rows[i] for i in chunk]) for chunk in chunks])
         back = torch.tensor([i for chunk in chunks for i in chunk], device=hidden.device).argsort()
         return hidden[back]
 

@@ -165,7 +165,9 @@ class Tuned:
             if self.quirks.attend_pads:
                 return self._attended(rows).float()
             pictures = [row.tiles for row in rows if row.tiles is not None]
-            visual = iter(self.encoder.full_features(pictures) if pictures else ())
+            if not pictures:
+                return self.encoder.read([row.ids for row in rows]).float()
+            visual = iter(self.encoder.full_features(pictures))
             inputs = self.encoder.rows([row.ids for row in rows], [None if r.tiles is None else next(visual) for r in rows])
             return self.encoder.last(inputs).float()
 
