@@ -60,8 +60,8 @@ def last_states(decoder: TextDecoder, packed: Packed) -> Tensor:
         h = layer.input_layernorm(x)
 
         def heads(projection: nn.Module) -> Tensor:
-            # a look-up, whose backward pass adds up rows; that of indexing goes number by number
-            return F.embedding(packed.rows, projection(h)).reshape(b, t, -1, attention.head_dim).transpose(1, 2)
+            flat: Tensor = projection(h)
+            return flat[packed.rows].reshape(b, t, -1, attention.head_dim).transpose(1, 2)
 
         k, v = rotate(heads(attention.k_proj), rotation), heads(attention.v_proj)
         if i == len(decoder.layers) - 1:
@@ -70,7 +70,7 @@ def last_states(decoder: TextDecoder, packed: Packed) -> Tensor:
             return of_ends[:, 0]
         q = rotate(heads(attention.q_proj), rotation)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=attention.grouped)
-        x = x + attention.o_proj(F.embedding(packed.first, mixed.transpose(1, 2).reshape(b * t, -1)))
+        x = x + attention.o_proj(mixed.transpose(1, 2).reshape(b * t, -1)[packed.first])
         out: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
         return out
 

@@ -160,7 +160,9 @@ class Tuned:
     # rows to embeddings
 
     def embed(self, rows: Sequence[Row]) -> Tensor:
-        """(n, d). Sorted by length and cut into pieces of `encoder.batches.tokens`, so there is next to no padding."""
+        """(n, d). In pieces of `encoder.batches.tokens`, sorted by length, so there is next to no padding. Texts of a piece
+        share what they have in common at their beginning, and its draws of dropout.
+        """
         with self._precision():
             if self.quirks.attend_pads:
                 return self._attended(rows).float()
