@@ -83,7 +83,7 @@ def soft_retrieval(queries: Tensor, gallery: Tensor, shares: Tensor, scale: Tens
     return -(shares * similarities(queries, gallery, scale).log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
-def bag_of_words(hidden: Tensor, table: Tensor, words: Tensor, log_prior: Tensor) -> Tensor:
+def bag_of_words(hidden: Tensor, table: Tensor, words: Tensor, log_prior: Tensor | float) -> Tensor:
     """The embedding is to name its words: cross-entropy between softmax(hidden · tableᵀ + log_prior) and `words`.
 
     hidden (n, d); table (vocabulary, d), the input embeddings; words (n, vocabulary), each row a distribution;

@@ -54,19 +54,21 @@ class Objective(nn.Module):
         if weights.pooled:
             pooled = torch.stack([one.mean(dim=0) for one in features[:n]])
             parts["pooled"] = self._seen(pooled, batch.rows[:n], generator)
-        if weights.photos or weights.words:
+        both_sides = weights.photos or weights.words or weights.answers
+        if both_sides:
             images = self.encoder.pictures(features[:n])
         if weights.seen:
             some = min(n, stage.decoded or n)
-            seen = images[:some] if weights.photos or weights.words else self.encoder.pictures(features[:some])
+            seen = images[:some] if both_sides else self.encoder.pictures(features[:some])
             parts["seen"] = self._seen(seen, batch.rows[:some], generator)
-        if weights.photos or weights.words:
+        if both_sides:
             captions = self.encoder.texts(batch.captions[:n])
         if weights.photos:
             parts["photos"] = losses.symmetric_info_nce(images, captions, scale)
-        if weights.words:
-            named = [losses.bag_of_words(h, table, batch.words[:n], self.log_prior) for h in (images, captions)]
-            parts["words"] = torch.stack(named).mean()
+        for name, prior in (("words", self.log_prior), ("answers", 0.0)):
+            if getattr(weights, name):
+                named = [losses.bag_of_words(h, table, batch.words[:n], prior) for h in (images, captions)]
+                parts[name] = torch.stack(named).mean()
         if weights.captioning:
             answers = (
                 self.encoder.caption_tokens(features[n:], batch.captions[n:]),

@@ -83,8 +83,9 @@ class Weights:
     scenes: float = 0.0
     changes: float = 0.0
     nli: float = 0.0
-    language: float = 0.0
-    captioning: float = 0.0
+    language: float = 0.0  # next tokens of bare sentences
+    captioning: float = 0.0  # next tokens of what a photo, or another of its captions, is summed up in
+    answers: float = 0.0  # as `words`, by the state alone: the next token, drawn from the captions' words by rarity
     taught: float = 0.0  # sentences, drawn to what the teacher makes of them
     seen: float = 0.0  # photos, drawn to what the teacher makes of their captions
     pooled: float = 0.0  # the same of the mean of a photo's visual tokens, without the decoder
@@ -92,7 +93,7 @@ class Weights:
 
     @property
     def of_photos(self) -> float:
-        return self.photos + self.words + self.captioning + self.seen + self.pooled
+        return self.photos + self.words + self.answers + self.captioning + self.seen + self.pooled
 
 
 @dataclass(frozen=True)
