@@ -3,8 +3,9 @@ training on photos with captions for as many steps.
 
     python benchmarks/claim.py BASE DATA OUT [--seeds 3] [--only text-retrieval-0]...
 
-BASE is the folder that training/e5v-tiny-base.toml's run wrote as its model. Every run lies in OUT, and what was found in
-it; a run that is there is not done again. Writes benchmarks/results/claim.json and prints its table.
+BASE is the folder that training/e5v-tiny-base.toml's run wrote as its model. Every run lies in OUT with what was found after
+it, and is not done again. `--only` does some of the runs; the table has all that lie there. Writes
+benchmarks/results/claim.json and prints its table.
 """
 
 import argparse
@@ -19,9 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from e5v_search.training.midway import Midway
-from e5v_search.training.run import tune
-from e5v_search.training.tuning import Tuning
 from machine import save
 from PIL import Image
 
@@ -30,13 +28,17 @@ from e5v_search.evaluation.gap import modality_gap
 from e5v_search.training.adapters import load_adapter
 from e5v_search.training.data import load_photos
 from e5v_search.training.measure import recalls, scene_recalls, sts_file, sts_spearman
+from e5v_search.training.midway import Midway
+from e5v_search.training.run import tune
 from e5v_search.training.tuned import Tuned
+from e5v_search.training.tuning import Tuning
 
 ROOT = Path(__file__).parent.parent
 TRAINED = {"text": "claim-text.toml", "image-text": "claim-image-text.toml"}
 PROMPTS = {"last": "Last", "prompt": "Prompt", "retrieval": "Ours"}
 PHOTOS, CAPTIONS, SCENES = 1000, 2, 60
 STS_EVERY = 3  # of the pairs
+FOUND = "found.json"
 _BATCH = 32
 
 
@@ -109,22 +111,18 @@ def recipe_for(run: Run, base: Path) -> Tuning:
     return load_recipe(Tuning, ROOT / "training" / TRAINED[run.training], [f"{k}={json.dumps(v)}" for k, v in changes.items()])
 
 
-def found(run: Run, yardstick: Yardstick, data: Path, out: Path) -> dict[str, Any]:
-    """What is measured after a run, which is made unless `out` has it."""
-    path = out / run.name / "found.json"
-    if not path.exists():
-        started = time.monotonic()
-        if run.training == "none":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tuned = Tuned.load(str(yardstick.base), parts="all", device="cpu")
-        else:
-            tuned = taught(recipe_for(run, yardstick.base), data, path.parent)
-        seconds = round(time.monotonic() - started, 1)
-        told = {**asdict(run), "seconds": seconds, "found": yardstick.measure(tuned, run.prompts)}
-        path.write_text(json.dumps(told, indent=2) + "\n")
-    told = json.loads(path.read_text())
-    print(f"{run.name}: " + " ".join(f"{k} {v:.4f}" for k, v in told["found"].items()), file=sys.stderr, flush=True)
-    return dict(told)
+def make(run: Run, yardstick: Yardstick, data: Path, folder: Path) -> None:
+    """Do a run and write into its folder what is measured after it."""
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.training == "none":
+        tuned = Tuned.load(str(yardstick.base), parts="all", device="cpu")
+    else:
+        tuned = taught(recipe_for(run, yardstick.base), data, folder)
+    seconds = round(time.monotonic() - started, 1)
+    values = yardstick.measure(tuned, run.prompts)
+    print(f"{run.name}: " + " ".join(f"{k} {v:.4f}" for k, v in values.items()), file=sys.stderr, flush=True)
+    (folder / FOUND).write_text(json.dumps({**asdict(run), "seconds": seconds, "found": values}, indent=2) + "\n")
 
 
 def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,14 +163,17 @@ def main() -> None:
     # the prompts of the paper first: a plan that is cut short has what matters most
     plan = [Run("none", prompts, 0) for prompts in PROMPTS]
     plan += [Run(kind, prompts, seed) for prompts in reversed(PROMPTS) for seed in range(args.seeds) for kind in TRAINED]
-    runs = [found(run, yardstick, args.data, args.out) for run in plan if not args.only or run.name in args.only]
+    for run in plan:
+        if not (args.out / run.name / FOUND).exists() and (not args.only or run.name in args.only):
+            make(run, yardstick, args.data, args.out / run.name)
+    lying = [args.out / run.name / FOUND for run in plan]
+    runs = [json.loads(path.read_text()) for path in lying if path.exists()]
     rows = table(runs)
     print(markdown(rows))
-    if not args.only:
-        recipes = {kind: asdict(load_recipe(Tuning, ROOT / "training" / file)) for kind, file in TRAINED.items()}
-        measured = {"photos": PHOTOS, "captions": CAPTIONS, "scenes": SCENES, "sts_every": STS_EVERY}
-        command = "python benchmarks/claim.py BASE DATA OUT"
-        print(save("claim", {"command": command, "measured": measured, "recipes": recipes, "table": rows, "runs": runs}))
+    recipes = {kind: asdict(load_recipe(Tuning, ROOT / "training" / file)) for kind, file in TRAINED.items()}
+    measured = {"photos": PHOTOS, "captions": CAPTIONS, "scenes": SCENES, "sts_every": STS_EVERY}
+    command = "python benchmarks/claim.py BASE DATA OUT"
+    print(save("claim", {"command": command, "measured": measured, "recipes": recipes, "table": rows, "runs": runs}))
 
 
 if __name__ == "__main__":
