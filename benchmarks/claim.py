@@ -139,12 +139,15 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    columns = {"t2i_r1": 100, "t2i_r5": 100, "t2i_r10": 100, "i2t_r10": 100, "sts": 100, "gap_distance": 1, "gap_accuracy": 1}
-    lines = ["| training | prompts | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
+    """The page's table: shares in percent."""
+    columns = {"t2i_r1": "→ image R@1", "t2i_r5": "R@5", "t2i_r10": "R@10", "i2t_r10": "→ text R@10", "sts": "STS"}
+    columns["gap_distance"] = "gap"
+    heads = ["training", "prompts", "seeds", *columns.values()]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for row in rows:
-        cells = [row["training"], row["prompts"]]
-        for name, factor in columns.items():
-            digits = 1 if factor == 100 else 2
+        cells = [row["training"], row["prompts"], str(row["seeds"])]
+        for name in columns:
+            factor, digits = (1, 2) if name == "gap_distance" else (100, 1)
             spread = "" if row[name]["sd"] is None else f" ± {factor * row[name]['sd']:.{digits}f}"
             cells.append(f"{factor * row[name]['mean']:.{digits}f}{spread}")
         lines.append("| " + " | ".join(cells) + " |")
