@@ -107,7 +107,7 @@ def load_prompts(name: str | Path) -> PromptSet:
         return known[str(name)]
     path = Path(name)
     if path.suffix != ".toml":
-        raise UsageError(f"unknown prompt set {str(name)!r}; known: {', '.join(known)}, or the path of a .toml file")
+        raise UsageError(f"unknown prompt set {str(name)!r}; known: {', '.join(PROMPT_SETS)}, or a .toml file")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
