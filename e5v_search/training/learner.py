@@ -1,6 +1,7 @@
 """A model with its optimiser: the gradient of a step, the update, and what is kept on disk."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
@@ -13,12 +14,12 @@ from e5v_search.errors import ModelError
 from e5v_search.training.adapters import save_adapter
 from e5v_search.training.cached import cached_backward
 from e5v_search.training.draws import Draw
-from e5v_search.training.gather import average_gradients, gather, processes, rank
+from e5v_search.training.gather import gather, processes, rank
 from e5v_search.training.goals import Goal
 from e5v_search.training.merging import merge, save_weights
-from e5v_search.training.state import load_state, save_state
 from e5v_search.training.tuned import Tuned
 from e5v_search.training.tuning import Tuning
+from e5v_search.training.updates import Sharded, Whole
 
 _NAMED = 8  # rows in the line of an error; the log has all
 
@@ -39,51 +40,48 @@ class Diverged(ModelError):
 class Learner:
     def __init__(self, recipe: Tuning, tuned: Tuned, goal: Goal, out: Path, steps: int, examples: int) -> None:
         self.recipe, self.tuned, self.goal, self.out, self.steps = recipe, tuned, goal, out, steps
-        self.learned = tuned.trainable()
-        self.optimiser = torch.optim.AdamW(self.learned.values(), lr=recipe.rate, weight_decay=recipe.decay)
+        optimiser = torch.optim.AdamW(tuned.trainable().values(), lr=recipe.rate, weight_decay=recipe.decay)
+        kind: type[Whole | Sharded] = Sharded if recipe.zero2 else Whole
+        self.updates = kind(tuned, optimiser, recipe.clip, out)
         # not what leaves the losses as they are
         same = replace(recipe, pieces=1, checkpointing=False, save_every=1, evaluate=(), evaluate_every=1, evaluate_limit=None)
         told = f"{same!r} {steps} {examples} {tuned.source.revision}"
         self._identity = hashlib.sha256(told.encode()).hexdigest()
-        self._state = out / "state.safetensors"
 
     def resume(self) -> int:
         """The step to go on with. IncompleteCheckpoint when what lies there is of another recipe."""
-        return load_state(self._state, self.learned, self.optimiser, self._identity) if self._state.exists() else 0
+        return self.updates.load(self._identity)
 
-    def gradient(self, step: int, draw: Draw) -> dict[str, float]:
-        """The gradient of a step, clipped, in the parameters -> its loss, and its norm before clipping. Raises Diverged."""
+    def gradient(self, step: int, draw: Draw) -> float:
+        """Adds the gradient of a step to the parameters' -> its loss, the mean over processes. Raises Diverged."""
         # chance depends on the step alone: a resumed run draws what an uninterrupted one would
         torch.manual_seed((self.recipe.seed * 1_000_003 + step) * processes() + rank())
         rows = self._rows(draw)
         pieces = list(self.tuned.encoder.batches.cut(range(len(rows)), lambda i: rows[i].length))
         back = torch.tensor([i for piece in pieces for i in piece], device=self.tuned.device).argsort()
-        self.optimiser.zero_grad(set_to_none=True)
         value = cached_backward(
-            lambda piece: self.tuned.embed([rows[i] for i in piece]), pieces, lambda x: self.goal.loss(x[back], draw)
+            lambda piece: self.updates.encode([rows[i] for i in piece]), pieces, lambda x: self.goal.loss(x[back], draw)
         )
-        average_gradients(self.learned.values())
         loss = float(gather(torch.tensor([value], device=self.tuned.device)).mean())
-        norm = float(torch.nn.utils.clip_grad_norm_(self.learned.values(), self.recipe.clip))
-        for what, number in (("the loss", loss), ("the gradient's norm", norm)):
-            if not torch.isfinite(torch.tensor(number)):
-                raise Diverged(step, what, number, draw.rows, self.recipe)
-        return {"loss": loss, "norm": norm}
+        self._finite("the loss", loss, step, draw)
+        return loss
 
-    def update(self, step: int) -> float:
-        """-> the learning rate that was used"""
+    def update(self, step: int, draw: Draw) -> dict[str, float]:
+        """-> the gradient's norm before clipping, and the learning rate. Raises Diverged."""
         rate = self.recipe.rate_at(step, self.steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.step()
-        return rate
+        norm = self.updates.step(rate)
+        self._finite("the gradient's norm", norm, step, draw)
+        return {"norm": norm, "rate": rate}
 
     def save(self, done: int) -> None:
-        """Whole or not at all; of several processes the first one writes. Raises E5VError when the disk does not take it."""
-        if rank() == 0:
-            save_state(self._state, self.learned, self.optimiser, done, self._identity)
-            if self.tuned.lora is not None:
-                save_adapter(self.tuned, self.out / "adapter")
+        """Whole or not at all; the adapter by the first process. Raises DiskFull or ModelError."""
+        self.updates.save(done, self._identity)
+        if rank() == 0 and self.tuned.lora is not None:
+            save_adapter(self.tuned, self.out / "adapter")
+
+    def _finite(self, what: str, value: float, step: int, draw: Draw) -> None:
+        if not math.isfinite(value):
+            raise Diverged(step, what, value, draw.rows, self.recipe)
 
     def finish(self, merged: bool, learned_more: bool) -> tuple[Path | None, Path | None]:
         """The folders of the adapter, if there is one, and of the whole model, if one was trained or is to be `merged`.

@@ -73,7 +73,7 @@ def tune(
     draws = Draws(examples, recipe.batch, recipe.negatives, recipe.seed, tuned.spec, (rank(), processes()))
     learner = Learner(recipe, tuned, goal, out, steps, len(examples))
     first = learner.resume()
-    learns = sum(p.numel() for p in learner.learned.values())
+    learns = sum(p.numel() for p in tuned.trainable().values())
     say(f"{recipe.name}: {learns:,} weights learn from {len(examples):,} examples, steps {first} to {steps}")
     log = Log(
         out / "log.jsonl",
@@ -91,12 +91,12 @@ def tune(
     with closing(log), closing(ahead(draws.make, range(first, steps), workers=2, depth=4)) as coming:
         try:
             for step, draw in enumerate(coming, first):
-                found = learner.gradient(step, draw)
+                loss = learner.gradient(step, draw)
                 whole = False  # half an update is not to be saved
-                rate = learner.update(step)
+                made = learner.update(step, draw)
                 done, whole = step + 1, True
-                last.append(found["loss"])
-                log.step(step, "", found, rate, recipe.batch)
+                last.append(loss)
+                log.step(step, "", {"loss": loss, "norm": made["norm"]}, made["rate"], recipe.batch)
                 if recipe.evaluate and (done % recipe.evaluate_every == 0 or done == steps):
                     measured = measure()
                     log.measured(done, measured)
@@ -106,14 +106,15 @@ def tune(
             log.note(done, "diverged", error.rows)
             raise
         except KeyboardInterrupt:
-            if whole:
+            saves = whole and not recipe.zero2  # a state in parts needs all processes at one step
+            if saves:
                 learner.save(done)
-            told = f"step {done} of {steps} is saved" if whole else "it was in the middle of a step"
-            raise KeyboardInterrupt(f"{told}; the same command goes on from the last save") from None
-    loss = sum(last) / len(last) if last else None
+            told = f"step {done} of {steps} is saved; " if saves else ""
+            raise KeyboardInterrupt(f"{told}the same command goes on from the last save") from None
+    mean = sum(last) / len(last) if last else None
     skipped = {str(path): reason for path, reason in draws.skipped.items()}
     adapter, model = learner.finish(merge, done > first)
-    return Outcome(steps, loss, time.monotonic() - started, measured, skipped, adapter, model)
+    return Outcome(steps, mean, time.monotonic() - started, measured, skipped, adapter, model)
 
 
 def _load(recipe: Tuning, device: str) -> Tuned:

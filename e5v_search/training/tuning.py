@@ -109,6 +109,7 @@ class Tuning:
     checkpointing: bool = False
     quirks: Quirks = field(default_factory=Quirks)
     local_gradients: bool = False  # the published code's: gathered rows of other processes carry no gradient
+    zero2: bool = False  # DeepSpeed's: processes split gradients and the optimiser's state among them
     seed: int = 0
     save_every: int = 50  # steps
     evaluate: tuple[Literal["flickr8k-dev", "sts-dev"], ...] = ()
