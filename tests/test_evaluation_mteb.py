@@ -167,7 +167,7 @@ def test_text_and_image_retrieval(embedder: Embedder, photos: Captioned, tmp_pat
 def test_composed_retrieval(embedder: Embedder, tmp_path: Path) -> None:
     made = scenes().data
     assert isinstance(made, Scenes)
-    data = made.composed.first(12)
+    data = made.composed.first(40)
     outcome, _ = protocols.cirr(data, Vectors(embedder, tmp_path), Missing(False))
     gallery = {"id": [f"i{i}" for i in range(len(data.gallery))], "image": opened(data.gallery)}
     queries = {
