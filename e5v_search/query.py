@@ -10,14 +10,17 @@ where q is the main input; a query without plus and minus scores by the plain co
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from e5v_search.embedder import Picture
 from e5v_search.errors import QueryError
 
+if TYPE_CHECKING:  # numpy comes with it
+    from e5v_search.embedder import Picture
+
+_DIGITS = 19  # of a number that SQLite cannot hold
 _WEIGHT = re.compile(r"(?P<what>.*):(?P<weight>[-+]?(?:[\d.,][\d.,eE+-]*|nan|inf))", re.DOTALL)
 
 
@@ -29,7 +32,7 @@ class Input:
     """
 
     text: str | None = None
-    image: Picture | int | None = None
+    image: "Picture | int | None" = None
     modify: str | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class Term:
         return self.input.to_json() | {"weight": self.weight}
 
 
-TermLike = Term | str | Picture | int | tuple[str | Picture | int, float]
+TermLike: TypeAlias = "Term | str | Picture | int | tuple[str | Picture | int, float]"
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Query:
     """
 
     text: str | None = None
-    image: Picture | int | None = None
+    image: "Picture | int | None" = None
     modify: str | None = None
     plus: tuple[Term, ...] = ()
     minus: tuple[Term, ...] = ()
@@ -146,11 +149,18 @@ def parse_image(argument: str) -> str | int:
     return int(argument) if argument.isdecimal() and not os.path.exists(argument) else argument
 
 
-def parse_term(argument: str) -> Term:
+def parse_item(argument: str) -> int:
+    """The id of an item, where files are not to be had."""
+    if not (argument.isascii() and argument.isdecimal() and len(argument) < _DIGITS):
+        raise QueryError(f"{argument[:80]!r} is no item's id; ids are whole numbers, as results have them")
+    return int(argument)
+
+
+def parse_term(argument: str, image: Callable[[str], str | int] = parse_image) -> Term:
     """A term as written on a command line where texts are usual: `TEXT`, `image:FILE|ITEM_ID`, each with `:WEIGHT` or without.
 
     `snow`, `snow:0.5`, `image:beach.jpg:2`, `image:17`. What follows the last colon is a weight if it is made of digits and
-    the signs that numbers have. Raises QueryError that names the place.
+    the signs that numbers have; `image` reads what stands behind `image:`. Raises QueryError that names the place.
     """
     what, weight = argument, 1.0
     if match := _WEIGHT.fullmatch(argument):
@@ -167,7 +177,7 @@ def parse_term(argument: str) -> Term:
                 f"number above 0; a text that ends like this needs a weight of its own: {argument + ':1'!r}"
             )
     if what.startswith("image:"):
-        return Term(Input(image=parse_image(what.removeprefix("image:"))), weight)
+        return Term(Input(image=image(what.removeprefix("image:"))), weight)
     return Term(Input(text=what.removeprefix("text:")), weight)
 
 

@@ -38,7 +38,7 @@ def start(*args: str | os.PathLike[str], **options: Any) -> "subprocess.Popen[by
 
 
 def follow_and_stop(*args: str) -> tuple[int, str]:
-    """(exit code, stdout) of a command with --watch in the working folder, told to stop when its first look is over."""
+    """(exit code, stdout) of a command that goes on until it is told to, here after its first line."""
     root = Path(__file__).parent.parent
     process = start(*args, cwd=os.getcwd(), env=os.environ | {"PYTHONPATH": str(root)})
     assert process.stdout is not None

@@ -5,9 +5,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from serving import Served
 
 settings.register_profile("project", deadline=None)  # a busy machine is no failure: tests assert no times
 settings.load_profile("project")
@@ -40,3 +45,20 @@ def permissions_apply() -> Iterator[None]:
     finally:
         sets[0] = effective
         assert libc.capset(header, sets) == 0
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A collection of photos and texts (serving.make_collection), not to be changed."""
+    from serving import make_collection
+
+    return make_collection(tmp_path_factory.mktemp("gallery"))
+
+
+@pytest.fixture(scope="session")
+def served(gallery: Path) -> "Iterator[Served]":
+    """The service of `gallery`."""
+    from serving import serving
+
+    with serving(gallery) as found:
+        yield found

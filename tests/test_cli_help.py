@@ -83,7 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("line", [line for _, line in examples()])
 def test_examples_run(place: Path, line: str) -> None:
     ours = re.split(r" [|>] ", line)[0]  # the rest is the shell's
-    if "--watch" in ours:
+    if "--watch" in ours or " serve" in ours:
         code, output = follow_and_stop(*shlex.split(ours)[1:])
         assert code == 0, output
         assert output

@@ -60,7 +60,7 @@ def run(line: str) -> tuple[int, str]:
     """One line of a page; what a shell does behind a pipe or an arrow is left to the shell."""
     words = [os.path.expanduser(word) for word in shlex.split(re.split(r"\s[|>]\s", line)[0], comments=True)]
     assert words[0] == "e5v-search"
-    if "--watch" in words:
+    if "--watch" in words or words[1] == "serve":
         return follow_and_stop(*words[1:])
     result = CliRunner().invoke(cli, words[1:], prog_name="e5v-search")
     return result.exit_code, result.output

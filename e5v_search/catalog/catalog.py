@@ -12,6 +12,7 @@ from e5v_search.catalog import writing
 from e5v_search.catalog.checks import problems
 from e5v_search.catalog.connection import damaged, guarded, now, to_sql, transaction
 from e5v_search.catalog.files import BLOCK, Files
+from e5v_search.catalog.overview import ROWS, Overview
 from e5v_search.catalog.records import KINDS, VIEW, Corpus, Failed, FileRow, Item, Put
 from e5v_search.catalog.store import Row
 from e5v_search.catalog.transfer import Transfer
@@ -65,6 +66,15 @@ class Catalog(Files, Transfer):
         """Every item, of any kind, with this content."""
         rows = self._rows("SELECT id FROM items WHERE content_hash = CAST(? AS TEXT) ORDER BY id", (to_sql(content_hash),))
         return [row[0] for row in rows]
+
+    def newest(self, start: int, n: int) -> list[int]:
+        """Ids of the items from the `start`-th newest on, by date, those without one last, then by id; `n` at most."""
+        query = "SELECT id FROM items ORDER BY taken_at DESC, id DESC LIMIT ? OFFSET ?"
+        return [row[0] for row in self._rows(query, (n, start))]
+
+    def overview(self) -> Overview:
+        """What all items together consist of. Reads a row of each."""
+        return Overview(self._rows(ROWS))
 
     # filters
 

@@ -27,6 +27,7 @@ from e5v_search.cli.models import models
 from e5v_search.cli.options import DEBUG, debug_option, examples
 from e5v_search.cli.printing import printable
 from e5v_search.cli.search import search
+from e5v_search.cli.serve import serve
 from e5v_search.cli.train import train
 from e5v_search.cli.transfer import export, import_
 from e5v_search.errors import E5VError
@@ -85,6 +86,7 @@ def cli() -> None:
 for _command in (
     index,
     search,
+    serve,
     ask,
     compare,
     explain,

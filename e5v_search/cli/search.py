@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         "e5v-search search --image dog.jpg -k 5 --threshold 0.5",
         "e5v-search search --image dog.jpg --modify 'make it a cat' --sheet found.jpg",
         "e5v-search search --image dog.jpg --modify 'at night' --keep-reference",
-        "e5v-search search --image 1 --json",
+        "e5v-search search --image 1 --json --no-service",
         "e5v-search search a dog --plus snow:0.5 --minus grass --minus image:cat.jpg:0.3",
         "e5v-search search a dog --where 'orientation=landscape and taken>=2019' --where kind=image",
         "e5v-search search a dog --explain",
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
 @prompts_option
 @collection_option
 @model_options
+@click.option("--service/--no-service", default=True, help="Ask the `serve` that runs for this collection, if there is one.")
 @click.option("--allow-mismatch", is_flag=True, help="Search even if another model made the collection.")
 @debug_option
 def search(
@@ -98,6 +99,7 @@ def search(
     device: str,
     dtype: str,
     quantize: str | None,
+    service: bool,
     allow_mismatch: bool,
 ) -> None:
     """Find items by a TEXT, a picture, or a picture and a change.
@@ -111,6 +113,9 @@ def search(
     if null and not as_paths:
         raise click.UsageError("-0 goes with --paths")
     from e5v_search import query
+    from e5v_search.config import collection_path
+    from e5v_search.hits import Wanted
+    from e5v_search.web import client
 
     asked = query.Query(
         " ".join(text) if text else None,
@@ -121,15 +126,20 @@ def search(
         where,
         prompts,
     )
-    from e5v_search.collection import Collection, ModelChoice
-
-    choice = ModelChoice(model, device, dtype, quantize)
+    wanted: Wanted = {"k": k, "threshold": threshold, "keep_reference": keep_reference, "explain": explain}
     draw = None if as_json or as_csv or as_paths else thumbnails(mode, sys.stdout)
-    with Collection.open(collection, choice, create=False, allow_mismatch=allow_mismatch) as source:
-        hits = source.answer(asked, k=k, threshold=threshold, keep_reference=keep_reference, explain=explain)
-        if sheet is not None:
-            save_sheet(source, hits, sheet, title=_title(asked))
-        drawn = draw_hits(source, hits, draw) if draw else []
+    hits, drawn = None, []
+    if service and not allow_mismatch and (model, device, dtype, quantize) == ("auto", "auto", "auto", None):
+        hits = client.ask(collection_path(collection), asked, **wanted)
+    if hits is None or sheet is not None or draw:
+        from e5v_search.collection import Collection, ModelChoice
+
+        choice = ModelChoice(model, device, dtype, quantize)
+        with Collection.open(collection, choice, create=False, allow_mismatch=allow_mismatch) as source:
+            hits = source.answer(asked, **wanted) if hits is None else hits
+            if sheet is not None:
+                save_sheet(source, hits, sheet, title=_title(asked))
+            drawn = draw_hits(source, hits, draw) if draw else []
     if as_json:
         print_json(hits.to_json())
     elif as_csv:

@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from e5v_search import backbones, filters, media
-from e5v_search.catalog import CATALOG, VIEW, Catalog, Put
-from e5v_search.collection import narrow
-from e5v_search.collection.chosen import stored
+from e5v_search import backbones, media
+from e5v_search.catalog import CATALOG, Catalog, Put
+from e5v_search.collection.asking import Ask, answer_all
 from e5v_search.collection.indexes import Indexes
 from e5v_search.collection.ingest import Ingest
-from e5v_search.collection.report import Hit, Hits, Report, Stopwatch
+from e5v_search.collection.report import Report
 from e5v_search.collection.sources import canonical, check_sources, ingest_all
-from e5v_search.collection.space import COMPOSED, Space, combine
+from e5v_search.collection.space import Space
 from e5v_search.config import collection_path
 from e5v_search.embedder import Embedder, Picture
 from e5v_search.errors import (
@@ -29,13 +27,14 @@ from e5v_search.errors import (
     CollectionNotFound,
     CollectionReadOnly,
     DiskFull,
+    E5VError,
     FingerprintMismatch,
     QueryError,
 )
+from e5v_search.hits import Hits
 from e5v_search.index import Index
 from e5v_search.query import Query, TermLike, terms
 
-_SHARED_WORDS = 5  # said of each hit when its score is to be explained
 _SYNC_AFTER = 20_000  # vectors that a search during a long run may have to fetch from the catalog itself
 
 
@@ -338,57 +337,14 @@ class Collection:
         self, query: Query, *, k: int = 10, threshold: float | None = None, keep_reference: bool = False, explain: bool = False
     ) -> Hits:
         """As `search`, for a query that is a value already."""
-        if k < 1:
-            raise QueryError(f"k must be at least 1, not {k}")
-        if threshold is not None and not abs(threshold) <= (np.inf if query.signed else 1):
-            raise QueryError(f"the threshold must be a number between -1 and 1, as cosines are, not {threshold:g}")
-        where = filters.parse(query.where)
-        watch = Stopwatch()
-        with watch.phase("load"):
-            view = self._view(query)
-            index, built = self.indexes.current(view)
-            if built:
-                self._save_if_free(index, view)
-            total = sum(self.catalog.count().values())
-            if not total:
-                raise CollectionNotFound(
-                    f"collection {self.path} is empty; fill it with: e5v-search index FOLDER -c {self.path}"
-                )
-            inputs = [self.space.resolve(each, query.prompts, view) for each in query.inputs]
-            signed = [self.space.resolve(each, query.prompts, view) for each, _ in query.signed]
-            if explain or any(each.stored is None for each in (*inputs, *signed)):
-                self.embedder()
-        with watch.phase("embed"):
-            x = self.space.embed([*inputs, *signed])
-            xq = combine(x[: len(inputs)], x[len(inputs) :], [weight for _, weight in query.signed])
-        with watch.phase("search"):
-            reference = inputs[0].ids if query.image is not None else []
-            excluded = set(reference) if query.composed and not keep_reference else set()
-            D, ids = narrow.search(index, self.catalog, xq, k + len(reference), where)
-            scores = dict(zip(ids.tolist(), D.tolist(), strict=True))
-            if index.ntotal < total:  # what has no vector in this view yet is not to be missing: its other one serves
-                pending = self.catalog.passing(self.catalog.pending(view), where)
-                more, others = self.indexes.current()[0].search(xq[None], k + len(reference), ids=pending)
-                scores |= dict(zip(others[0].tolist(), more[0].tolist(), strict=True))
-            items = self.catalog.items(scores)
-            # among equals, as copies of a photo are, the picture that was asked about comes first
-            order = sorted((i for i in scores if i in items), key=lambda i: (-scores[i], i not in reference[:1]))
-            found = [i for i in order if i not in excluded and (threshold is None or scores[i] >= threshold)][:k]
-        words = self._shared_words(found, xq) if explain else {}
-        # stored rows are of length 1 but for the rounding of half precision
-        most = np.inf if query.signed else 1.0
-        hits = [Hit.of(items[i], rank, min(scores[i], most), words.get(i)) for rank, i in enumerate(found, start=1)]
-        return Hits(hits, query.to_json(), self.catalog.fingerprint or "", watch.total())
+        [found] = self.answer_all([Ask(query, k, threshold, keep_reference, explain)])
+        if isinstance(found, E5VError):
+            raise found
+        return found
 
-    def _view(self, query: Query) -> str:
-        """The view whose photos were read as the query asks; where the collection has none such, the one it always has."""
-        prompts = query.prompts or (COMPOSED if query.composed else VIEW)
-        return prompts if prompts in self.catalog.views else VIEW
-
-    def _shared_words(self, found: Sequence[int], xq: np.ndarray) -> dict[int, list[str]]:
-        ids, x = stored(self.catalog, np.array(found, np.int64))
-        shared = self.embedder().shared_words(xq, x, _SHARED_WORDS)
-        return {i: [word.text for word in words] for i, words in zip(ids.tolist(), shared, strict=True)}
+    def answer_all(self, asks: Sequence[Ask]) -> list[Hits | E5VError]:
+        """The hits of each question, or the error that `answer` would raise for it; the model is called for all at once."""
+        return answer_all(asks, self.catalog, self.indexes, self.space, self._save_if_free)
 
     def _save_if_free(self, index: Index, view: str) -> None:
         # a search repairs the index for the next one, but never waits or fails for it

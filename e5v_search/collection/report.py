@@ -1,12 +1,10 @@
-"""What collections give back: reports of runs and lists of hits, with the field names that programs rely on."""
+"""What collections tell of their work: reports of runs, with the field names that programs rely on, and times."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
-
-from e5v_search.catalog import Item
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,55 +34,6 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The fields that programs rely on; `completed` and `warnings` are for people."""
         return {name: value for name, value in asdict(self).items() if name not in ("completed", "warnings")}
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One result. `score` is the cosine of query and item, or the weighted sum of cosines.
-
-    `id` is None for a picture that is in no collection; `words` are those that it shares with the query, if asked for.
-    """
-
-    rank: int
-    id: int | None
-    score: float
-    kind: str
-    path: str | None = None
-    text: str | None = None
-    width: int | None = None
-    height: int | None = None
-    taken_at: str | None = None
-    part: str | None = None  # which text of the file at `path`; None for photos
-    words: list[str] | None = None
-
-    @classmethod
-    def of(cls, item: Item, rank: int, score: float, words: list[str] | None = None) -> Self:
-        facts = (item.kind, item.path, item.text, item.width, item.height, item.taken_at, item.part)
-        return cls(rank, item.id, score, *facts, words)
-
-    def to_json(self) -> dict[str, Any]:
-        shown = asdict(self)
-        if self.words is None:
-            del shown["words"]
-        return shown
-
-
-class Hits(list[Hit]):
-    """The hits of one search, best first, and how it went."""
-
-    def __init__(self, hits: list[Hit], query: dict[str, Any], fingerprint: str, took_ms: dict[str, float]) -> None:
-        super().__init__(hits)
-        self.query = query
-        self.fingerprint = fingerprint
-        self.took_ms = took_ms
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "query": self.query,
-            "fingerprint": self.fingerprint,
-            "took_ms": {name: round(ms, 3) for name, ms in self.took_ms.items()},
-            "hits": [hit.to_json() for hit in self],
-        }
 
 
 class Stopwatch:

@@ -1,6 +1,8 @@
 """The one space of a model: every input becomes a vector of it, by the model, or from a collection that holds it already."""
 
+import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,13 +11,16 @@ import numpy as np
 
 from e5v_search import media
 from e5v_search.catalog import Catalog, Item
-from e5v_search.collection.report import Failure, Hit, Hits, Stopwatch
+from e5v_search.collection.report import Failure, Stopwatch
 from e5v_search.embedder import Embedder, Picture
 from e5v_search.errors import MediaError, QueryError
+from e5v_search.hits import Hit, Hits
+from e5v_search.prompts import PROMPT_SETS
 from e5v_search.query import Input
 from e5v_search.render import render
 
 COMPOSED = "cirr"  # the prompt set of composed queries, where none is named
+_REMEMBERED = 1024  # vectors of what was asked last; 16 MiB of 4,096 numbers each
 
 
 @dataclass
@@ -30,17 +35,20 @@ class Resolved:
     prompts: str
     ids: list[int] = field(default_factory=list)
     stored: np.ndarray | None = None
+    key: tuple[str | None, ...] | None = None  # tells it from all other inputs
 
 
 class Space:
     """`embedder` gives the model, the same at each call; it is called only when something must be embedded.
 
-    Without a catalog no input may be an id.
+    Texts and pictures given as bytes are embedded once as long as they are among the last that were asked about. Without a
+    catalog no input may be an id.
     """
 
     def __init__(self, embedder: Callable[[], Embedder], catalog: Catalog | None = None) -> None:
         self.embedder = embedder
         self._catalog = catalog
+        self._remembered: OrderedDict[tuple[str | None, ...], np.ndarray] = OrderedDict()
 
     def vectors(self, inputs: Sequence[Input], prompts: str | None = None) -> np.ndarray:
         """-> (n, dim) float32, rows of length 1 (but for the half precision of stored ones).
@@ -53,15 +61,24 @@ class Space:
         """Look an input up. A vector that the collection's `view` holds of it serves, if the prompts are those of the view."""
         plain = prompts or view
         if given.text is not None:
-            return Resolved("text", given.text, plain)
+            return self._recalled(Resolved("text", given.text, plain), given.text)
         assert given.image is not None
-        item, ids = self._items_of(given.image)
+        item, ids, content_hash = self._items_of(given.image)
         if given.modify is not None:
-            return Resolved("composed", (_picture(given.image, item), given.modify), prompts or COMPOSED, ids)
+            composed = Resolved("composed", (_picture(given.image, item), given.modify), prompts or COMPOSED, ids)
+            return self._recalled(composed, content_hash, given.modify)
         stored = self._stored(ids[:1], view) if plain == view else None
         if stored is None and item is not None and item.kind == "text" and isinstance(given.image, int):
             return Resolved("text", item.text, plain, ids)
-        return Resolved("image", None if stored is not None else _picture(given.image, item), plain, ids, stored)
+        picture = Resolved("image", None if stored is not None else _picture(given.image, item), plain, ids, stored)
+        return self._recalled(picture, content_hash) if stored is None else picture
+
+    def _recalled(self, resolved: Resolved, *content: str | None) -> Resolved:
+        """With the vector that was made of the same input before. What a prompt file says may change; a named set does not."""
+        if None not in content and resolved.prompts in PROMPT_SETS:
+            resolved.key = (resolved.kind, resolved.prompts, *content)
+            resolved.stored = self._remembered.get(resolved.key)
+        return resolved
 
     def embed(self, resolved: Sequence[Resolved]) -> np.ndarray:
         """The vectors (n, dim) of inputs, with one call of the model for each kind and prompt set."""
@@ -73,6 +90,13 @@ class Space:
             ways = {"text": model.embed_texts, "image": model.embed_images, "composed": model.embed_composed}
             for i, vector in zip(chosen, ways[kind]([resolved[i].value for i in chosen], prompts), strict=True):
                 out[i] = vector
+                if (key := resolved[i].key) is not None:
+                    self._remembered[key] = vector
+        for each in resolved:
+            if each.key is not None and each.key in self._remembered:
+                self._remembered.move_to_end(each.key)
+        while len(self._remembered) > _REMEMBERED:
+            self._remembered.popitem(last=False)
         return np.stack([vector for vector in out if vector is not None])
 
     def ask(
@@ -118,12 +142,14 @@ class Space:
             raise QueryError(f"collection {self._catalog.path.parent} has no item {item_id}; ids are shown by search --json")
         return item
 
-    def _items_of(self, image: Picture | int) -> tuple[Item | None, list[int]]:
-        """The item that was named, by id or path, and the ids of all with its content, its own first."""
-        item: Item | None
+    def _items_of(self, image: Picture | int) -> tuple[Item | None, list[int], str | None]:
+        """The item that was named, by id or path; the ids of all with its content, its own first; and the content's hash."""
+        item: Item | None = None
         if isinstance(image, int):
             item = self.item(image)
             content_hash = item.content_hash
+        elif isinstance(image, bytes):
+            content_hash = hashlib.sha256(image).hexdigest()
         elif self._catalog is not None and isinstance(image, str | os.PathLike):
             try:
                 content_hash = media.content_hash(image)
@@ -131,10 +157,9 @@ class Space:
                 raise type(error)(f"{media.shown(image)}: {error}") from error
             item = self._catalog.item_by_path(os.path.realpath(image))
         else:
-            return None, []
-        assert self._catalog is not None
-        ids = self._catalog.ids_of_content(content_hash)
-        return item, sorted(ids, key=lambda i: item is None or i != item.id)
+            return None, [], None
+        ids = [] if self._catalog is None else self._catalog.ids_of_content(content_hash)
+        return item, sorted(ids, key=lambda i: item is None or i != item.id), content_hash
 
     def _stored(self, ids: list[int], view: str) -> np.ndarray | None:
         if self._catalog is not None:

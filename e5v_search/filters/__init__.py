@@ -6,6 +6,7 @@ What a filter means is written down once more in SQL by `catalog.where`; nothing
 """
 
 from e5v_search.filters.geo import box, distance
+from e5v_search.filters.globs import quoted
 from e5v_search.filters.grammar import parse
 from e5v_search.filters.tree import CHOICES, EVERYTHING, And, Choice, Compare, Fact, Filter, Has, Match, Near, Not, Or
 
@@ -25,4 +26,5 @@ __all__ = [
     "box",
     "distance",
     "parse",
+    "quoted",
 ]

@@ -18,6 +18,11 @@ def plain(value: str) -> str:
     return re.sub(r"\\([\\*?\[\]\"'()|~\s])", r"\1", value)
 
 
+def quoted(value: str) -> str:
+    """How this very value is written in a filter, whatever signs it has."""
+    return '"' + re.sub(r'([\\*?\[\]"])', r"\\\1", value) + '"'
+
+
 def text_glob(value: str) -> str:
     return _pieces(value, ".") + r"\Z"
 

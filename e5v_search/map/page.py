@@ -86,7 +86,7 @@ def page(items: Sequence[Item], xy: np.ndarray, pictures: Sequence[str], facts: 
         "notes": [_note(item) for item in items],
         "thumbnails": list(pictures),
     }
-    css, js = _part("page.css"), _part("page.js")
+    css, js = _part("page.css"), _part("canvas.js") + _part("page.js")
     policy = f"default-src 'none'; img-src data:; style-src {_hash(css)}; script-src {_hash(js)}"
     text = json.dumps(data, separators=(",", ":"))
     for sign in "<>&":

@@ -1,6 +1,5 @@
 """The page of a map in a real browser: it draws, shows what is under the pointer, finds, and runs nothing but itself."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ from e5v_search.map.page import page as map_page
 from e5v_search.map.page import thumbnails
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("no chromium on this machine: apt-get install chromium", allow_module_level=True)
 
 WIDE, HIGH = 1200, 800
 EVIL = "<img src=x onerror=window.hacked=1>.jpg"
@@ -27,14 +23,6 @@ COLOUR = """([x, y]) => {
     return [...map.getContext("2d").getImageData((x - box.x) * ratio, (y - box.y) * ratio, 1, 1).data];
 }"""
 expect = playwright.expect
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,89 @@
+// What the collection holds, what could not be used, and index runs as they go.
+
+import { $, bytes, h, number, plural } from "./dom.js";
+import { ask } from "./state.js";
+
+export class Status {
+  constructor(dialog, { changed }) {
+    this.dialog = dialog;
+    this.changed = changed;
+    this.run = null;
+    this.version = "";
+  }
+
+  // hears of changes from the service as long as the page is open
+  listen() {
+    const source = new EventSource("/api/events");
+    source.addEventListener("message", (event) => {
+      const { version, run } = JSON.parse(event.data);
+      const isNew = this.version && version !== this.version;
+      this.version = version;
+      this.run = run;
+      $("busy").hidden = !run.running;
+      if (this.dialog.open) this.#progress(isNew && !run.running);
+      if (isNew && document.visibilityState === "visible") this.#soon();
+    });
+    addEventListener("pagehide", () => source.close());
+    addEventListener("pageshow", (event) => { if (event.persisted) this.listen(); });
+  }
+
+  #soon() {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.changed(), 400);
+  }
+
+  async open() {
+    if (!this.dialog.open) this.dialog.showModal();
+    try {
+      const [status, failures] = await Promise.all([ask("/api/status"), ask("/api/failures")]);
+      this.#draw(status, failures.failed);
+    } catch (error) {
+      this.dialog.replaceChildren(this.#head(), h("p", { className: "missing" }, error.message));
+    }
+  }
+
+  #head() {
+    return h("header", {}, h("h2", { id: "status-title" }, "The collection"), h("button", { type: "button", className: "icon close", "aria-label": "Close" }, "✕"));
+  }
+
+  #draw(status, failed) {
+    const { items, index } = status;
+    const rows = [
+      ["folder", status.collection],
+      ["model", status.fingerprint ?? "none yet"],
+      ["photos", number(items.image)],
+      ...(items.text ? [["texts", number(items.text)]] : []),
+      ...(items.rendered ? [["rendered texts", number(items.rendered)]] : []),
+      ["index", `${index.kind}, ${plural(index.vectors, "vector")}`],
+      ["on disk", bytes(status.bytes)],
+    ];
+    this.dialog.replaceChildren(this.#head(),
+      h("dl", {}, ...rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+      h("section", { id: "run" }),
+      failed.length ? h("section", { id: "failed" }, h("h3", {}, `${plural(failed.length, "file")} could not be used`),
+        h("ul", {}, ...failed.map((each) => h("li", {}, h("b", {}, each.path), h("span", {}, each.reason))))) : h("p", {}, "Every file could be used."));
+    this.#progress();
+  }
+
+  #progress(ended = false) {
+    if (ended) { this.open(); return; }
+    const { run } = this, section = $("run");
+    if (!run || !section) return;
+    const start = run.allowed && !run.running
+      ? h("button", { type: "button", className: "main", onclick: () => this.#start() }, "Look for new photos") : null;
+    const done = run.running
+      ? [h("h3", {}, "Looking through the folders…"), h("progress", run.total ? { max: run.total, value: run.done, "aria-label": "Progress" } : { "aria-label": "Progress" }), h("p", { role: "status" }, `${number(run.done)} of ${number(run.total)}${run.failed ? `, ${number(run.failed)} failed` : ""}`)]
+      : run.error ? [h("p", { className: "missing" }, run.error)]
+        : run.total ? [h("p", { role: "status" }, `Last run: ${number(run.added)} added, ${number(run.updated)} updated, ${number(run.removed)} removed, ${number(run.failed)} failed.`)] : [];
+    section.replaceChildren(...done, start ?? "");
+  }
+
+  async #start() {
+    try {
+      this.run = await ask("/api/index", {}, { method: "POST" });
+      this.#progress();
+    } catch (error) {
+      $("run").replaceChildren(h("p", { className: "missing" }, error.message));
+    }
+  }
+}

@@ -1,0 +1,450 @@
+"""The page in a real browser, over a real service with real photos: every action once."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import run, write_photos
+from serving import EVIL, TEXT, Served, serving
+
+from e5v_search.catalog import Put
+from e5v_search.collection import Collection
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+expect = playwright.expect
+
+DROP = """([name, base64]) => {
+    const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)), data = new DataTransfer();
+    data.items.add(new File([bytes], name, { type: "image/jpeg" }));
+    for (const kind of ["dragenter", "dragover", "drop"]) document.body.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+}"""  # noqa: E501
+PASTE = DROP.partition("for (const")[0] + "dispatchEvent(new ClipboardEvent('paste', { clipboardData: data })); }"
+RATIOS = """() => {
+    const light = (colour) => {
+        const [r, g, b] = colour.match(/[\\d.]+/g).map((v) => { v /= 255; return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; });
+        return .2126 * r + .7152 * g + .0722 * b;
+    };
+    const behind = (element) => {
+        for (; element; element = element.parentElement) {
+            const colour = getComputedStyle(element).backgroundColor;
+            if (/^rgb\\(/.test(colour)) return colour;
+        }
+        return getComputedStyle(document.body).backgroundColor;
+    };
+    const found = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const element = walker.currentNode.parentElement;
+        if (!walker.currentNode.data.trim() || !element.checkVisibility() || element.closest("li .score, .seen, script, noscript")) continue;
+        const [a, b] = [light(getComputedStyle(element).color), light(behind(element))].sort((x, y) => y - x);
+        found.push([(a + .05) / (b + .05), walker.currentNode.data.trim().slice(0, 40)]);
+    }
+    return found;
+}"""  # noqa: E501
+INKED = """() => {
+    const map = document.getElementById("map");
+    return map.getContext("2d").getImageData(0, 0, map.width, map.height).data.some((value) => value);
+}"""
+NAMELESS = """() => [...document.querySelectorAll("button, a, input, canvas, dialog[open]")]
+    .filter((e) => e.checkVisibility() && !(e.getAttribute("aria-label") || e.labels?.length || e.textContent.trim() || e.title
+        || document.getElementById(e.getAttribute("aria-labelledby"))))
+    .map((e) => e.outerHTML)"""
+
+
+@contextmanager
+def opened(browser: Any, address: str, path: str = "/", **options: Any) -> Iterator[Any]:
+    """A page of the service; in the end nothing was complained of, fetched from elsewhere, or run out of a name."""
+    context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
+    page = context.new_page()
+    told: list[str] = []
+    page.on("console", lambda message: told.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: told.append(str(error)))
+    page.on("request", lambda asked: None if asked.url.startswith((address, "blob:")) else told.append(asked.url))
+    page.goto(address + path)
+    page.wait_for_selector("#results li, #nothing:not([hidden]), #map-view:not([hidden])")
+    yield page
+    assert told == []
+    assert page.evaluate("window.hacked") is None
+    context.close()
+
+
+@pytest.fixture
+def page(browser: Any, served: Served) -> Iterator[Any]:
+    with opened(browser, served.address) as page:
+        yield page
+
+
+def names(page: Any) -> list[str]:
+    return [
+        label.split(", score")[0] for label in page.locator("#results .tile").evaluate_all("all => all.map((e) => e.ariaLabel)")
+    ]
+
+
+def searched(page: Any, text: str) -> None:
+    page.fill("#query", text)
+    asked = "text => new URLSearchParams(location.search).get('q') === text && !document.body.matches('.busy')"
+    page.wait_for_function(asked, arg=text)
+    page.wait_for_selector("#results .score")
+
+
+def test_the_collection_then_results_as_one_types_then_back(page: Any) -> None:
+    expect(page.locator("#count")).to_have_text("14 items, newest first")
+    assert names(page)[0].startswith("raccoon.jpg")
+    page.type("#query", "two dogs play in the snow", delay=5)
+    expect(page.locator("#count")).to_contain_text("14 results")
+    expect(page.locator("#results .score")).to_have_count(14)
+    assert "q=two+dogs+play+in+the+snow" in page.url
+    scores = [float(text) for text in page.locator("#results .score").all_inner_texts()]
+    assert scores == sorted(scores, reverse=True)
+    assert TEXT in page.locator("#results q").all_inner_texts()
+    best = names(page)
+    page.reload()
+    expect(page.locator("#query")).to_have_value("two dogs play in the snow")
+    expect(page.locator("#results .score")).to_have_count(14)
+    assert names(page) == best
+    page.go_back()  # all that was typed is one step
+    expect(page.locator("#count")).to_have_text("14 items, newest first")
+    expect(page.locator("#query")).to_have_value("")
+    page.go_forward()
+    expect(page.locator("#results .score")).to_have_count(14)
+
+
+def test_rows_fill_the_width(page: Any) -> None:
+    for width in (1200, 900, 640, 390):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_timeout(150)
+        rows: dict[float, list[Any]] = {}
+        for box in page.locator("#results li").evaluate_all("all => all.map((e) => e.getBoundingClientRect().toJSON())"):
+            rows.setdefault(box["top"], []).append(box)
+        right = page.locator("#results").evaluate("e => e.getBoundingClientRect().right")
+        assert len(rows) > 1
+        for row in list(rows.values())[:-1]:
+            assert abs(max(box["right"] for box in row) - right) < 1.5, width
+            assert len({box["height"] for box in row}) == 1
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_more_like_this_change_this_less_like_this(page: Any) -> None:
+    tile = page.locator("#results li", has=page.get_by_role("button", name=re.compile("^cat.jpg")))
+    tile.hover()
+    tile.get_by_role("button", name="More like this").click()
+    page.wait_for_selector("#results .score")
+    assert {name.split(",")[0] for name in names(page)[:2]} == {"cat.jpg", EVIL}
+    expect(page.locator("#reference img")).to_be_visible()
+    page.fill("#query", "make it a dog")
+    expect(page).to_have_url(re.compile("modify=make"))
+    expect(page.locator("#results .score")).to_have_count(12)  # not the cat itself, and not its copy
+    assert not {"cat.jpg", EVIL} & {name.split(",")[0] for name in names(page)}
+    page.get_by_role("button", name="Search without the picture").click()
+    expect(page).to_have_url(re.compile(r"\?q=make"))
+    expect(page.locator("#results .score")).to_have_count(14)
+    page.locator("#results li").first.hover()
+    page.locator("#results li").first.get_by_role("button", name="Less like this").click()
+    expect(page.locator(".chip.minus")).to_have_count(1)
+    assert "minus=image" in page.url
+    tile = page.locator("#results li", has=page.get_by_role("button", name=re.compile("^coffee.jpg")))
+    tile.hover()
+    tile.get_by_role("button", name="Change this").click()
+    expect(page.locator("#query")).to_be_focused()
+    expect(page.locator("#query")).to_have_attribute("placeholder", re.compile("change it"))
+
+
+def test_terms_and_their_weights(page: Any) -> None:
+    searched(page, "a photo")
+    before = page.locator("#results .score").all_inner_texts()
+    page.get_by_role("textbox", name="More of").fill("a cat")
+    page.keyboard.press("Enter")
+    page.get_by_role("textbox", name="Less of").fill("grass")
+    page.keyboard.press("Enter")
+    expect(page.locator(".chip")).to_have_count(2)
+    page.get_by_label("Weight of a cat").fill("1.6")
+    page.wait_for_function("location.search.includes('plus=a+cat%3A1.6')")
+    page.wait_for_function("!document.body.matches('.busy')")
+    assert page.locator("#results .score").all_inner_texts() != before
+    page.get_by_role("button", name="Remove grass").click()
+    expect(page.locator(".chip")).to_have_count(1)
+    assert "minus" not in page.url
+
+
+@pytest.mark.parametrize("way", ["pick", "drop", "paste"])
+def test_a_picture_of_ones_own(page: Any, served: Served, way: str) -> None:
+    import base64
+
+    path = served.folder.parent / "Pictures/2021/coffee.jpg"
+    if way == "pick":
+        with page.expect_file_chooser() as chooser:
+            page.click("#pick")
+        chooser.value.set_files(path)
+    else:
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        page.evaluate(DROP if way == "drop" else PASTE, ["coffee.jpg", encoded])
+    page.wait_for_selector("#results .score")
+    assert names(page)[0].startswith("coffee.jpg")
+    expect(page.locator("#reference img")).to_have_js_property("naturalWidth", 600)
+    page.fill("#query", "at night")
+    expect(page.locator("#results .score")).to_have_count(13)
+    page.go_back()
+    expect(page.locator("#results .score")).to_have_count(14)
+    page.reload()  # it was kept nowhere
+    expect(page.locator("#nothing")).to_contain_text("was not kept")
+
+
+def test_filters_narrow_and_count(page: Any) -> None:
+    page.keyboard.press("f")
+    panel = page.locator("#filters")
+    expect(panel.get_by_role("status")).to_have_text("14 items")
+    panel.get_by_role("button", name="photos 10").click()
+    expect(page.locator("#count")).to_have_text("10 items, newest first")
+    panel.get_by_role("button", name="2019 4").click()
+    expect(page.locator("#count")).to_have_text("4 items, newest first")
+    expect(page.locator("#filter-count")).to_have_text("2")
+    expect(panel.get_by_role("button", name="August 1")).to_be_visible()
+    panel.get_by_role("button", name="August 1").click()  # the year or this month: the year
+    expect(page.locator("#count")).to_have_text("4 items, newest first")
+    panel.get_by_role("button", name="2019 4").click()
+    expect(page.locator("#count")).to_have_text("1 item, newest first")
+    panel.get_by_role("button", name="Clear all").click()
+    expect(page.locator("#count")).to_have_text("14 items, newest first")
+    panel.get_by_text("Folder").click()
+    panel.get_by_role("button", name="Paris (spring) 4").click()
+    expect(page.locator("#count")).to_have_text("4 items, newest first")
+    panel.get_by_role("button", name="Clear all").click()
+    panel.get_by_text("Camera").click()
+    panel.get_by_role("button", name="Canon EOS 80D 4").click()
+    searched(page, "a photo")
+    expect(page.locator("#results .score")).to_have_count(4)
+    panel.get_by_label("from").fill("2019-05-01")
+    expect(page.locator("#results .score")).to_have_count(2)
+    page.go_back()
+    expect(page.locator("#results .score")).to_have_count(4)
+    panel.get_by_role("button", name="Clear all").click()
+    panel.get_by_text("Place").click()
+    world = panel.locator("canvas.world")
+    box = world.bounding_box()
+    at = {"x": box["width"] * (151.2 + 180) / 360, "y": box["height"] * (90 + 33.87) / 180}
+    world.click(position=at)
+    expect(page.locator("#results .score")).to_have_count(5)
+    assert "near" in page.url
+    panel.get_by_role("button", name="33.9° S, 151.2° E").click()
+    expect(page.locator("#results .score")).to_have_count(14)
+
+
+def test_scores_are_cut(page: Any) -> None:
+    searched(page, "two dogs play in the snow")
+    scores = [float(text) for text in page.locator("#results .score").all_inner_texts()]
+    cut = round((scores[2] + scores[3]) / 2, 2)
+    page.locator("#threshold").fill(str(cut))
+    expect(page.locator("#results li")).to_have_count(sum(score >= cut for score in scores))
+    assert f"t={cut}" in page.url
+    page.locator("#threshold").fill("1")
+    expect(page.locator("#nothing")).to_contain_text("Nothing scores as high")
+    page.get_by_role("button", name="Any score").click()
+    expect(page.locator("#results li")).to_have_count(14)
+
+
+def test_a_photo_large(page: Any) -> None:
+    page.locator("#results").get_by_role("button", name=re.compile("^cat.jpg")).click()
+    look = page.locator("#look")
+    expect(look.get_by_role("heading", name="cat.jpg")).to_be_visible()
+    expect(look).to_contain_text("Apple iPhone 12")
+    expect(look).to_contain_text("January 11, 2021")
+    expect(look).to_contain_text("-33.8667, 151.2000")
+    expect(look.locator("#words span")).to_have_count(8)
+    expect(look.locator("#copies li")).to_have_count(2)
+    expect(look.locator("#copies")).to_contain_text("same bytes")
+    expect(look.locator(".seen img")).to_have_js_property("naturalWidth", 451)
+    assert "item=" in page.url
+    link = look.get_by_role("link", name="Open the file itself")
+    assert page.request.get(page.evaluate("e => e.href", link.element_handle())).headers["content-type"] == "image/jpeg"
+    order = [name.split(",")[0] for name in names(page)]
+    page.keyboard.press("ArrowRight")
+    following = order[order.index("cat.jpg") + 1]
+    expect(look.locator("h2")).to_have_text(following if following.endswith(".jpg") else re.compile("ext"))
+    page.keyboard.press("ArrowLeft")
+    expect(look.locator("h2")).to_have_text("cat.jpg")
+    page.keyboard.press("Escape")
+    expect(look).to_be_hidden()
+    assert "item=" not in page.url
+    page.locator("#results").get_by_role("button", name=re.compile(re.escape(EVIL))).click()
+    expect(look.locator("h2")).to_have_text(EVIL)
+    look.get_by_role("button", name="Change this").click()
+    expect(look).to_be_hidden()
+    expect(page.locator("#query")).to_be_focused()
+    page.go_back()
+    expect(look.locator("h2")).to_have_text(EVIL)
+
+
+def test_everything_by_keys(page: Any) -> None:
+    page.keyboard.press("/")
+    page.keyboard.type("a cat")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#results .score")
+    page.keyboard.press("ArrowDown")
+    focused = "document.activeElement.ariaLabel"
+    first = page.evaluate(focused)
+    assert first == page.locator("#results .tile").first.get_attribute("aria-label")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(focused) == page.locator("#results .tile").nth(1).get_attribute("aria-label")
+    page.keyboard.press("ArrowDown")
+    below = page.evaluate("document.activeElement.getBoundingClientRect().top")
+    assert below > page.locator("#results li").first.bounding_box()["y"]
+    page.keyboard.press("Home")
+    assert page.evaluate(focused) == first
+    page.keyboard.press("Enter")
+    expect(page.locator("#look")).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("l")
+    expect(page.locator(".chip.minus")).to_have_count(1)
+    page.locator("#results .tile").first.focus()
+    page.keyboard.press("m")
+    expect(page).to_have_url(re.compile(r"\?image="))
+    page.keyboard.press("?")
+    expect(page.locator("#help")).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("s")
+    expect(page.locator("#status")).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("g")
+    expect(page.locator("#map-view")).to_be_visible()
+    page.keyboard.press("g")
+    expect(page.locator("#map-view")).to_be_hidden()
+
+
+def test_the_map(browser: Any, served: Served) -> None:
+    with opened(browser, served.address, "/?view=map") as page:
+        canvas = page.locator("#map")
+        expect(canvas).to_have_attribute("aria-label", "Map of 14 items")
+        page.wait_for_function(INKED)
+        box = canvas.bounding_box()
+        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.keyboard.down("Shift")
+        page.mouse.move(box["x"] + 5, box["y"] + 60)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] - 5, box["y"] + box["height"] - 5, steps=4)
+        page.mouse.up()
+        page.keyboard.up("Shift")
+        expect(page.locator("#selection [role=status]")).to_contain_text("14 items")
+        expect(page.locator("#selection li")).to_have_count(14)
+        page.get_by_role("button", name="Close the selection").click()
+        canvas.focus()
+        page.keyboard.press("+")
+        page.keyboard.press("0")
+        page.keyboard.press("Enter")
+        expect(page.locator("#look")).to_be_visible()
+        page.keyboard.press("Escape")
+        page.mouse.move(*middle)
+        page.mouse.wheel(0, -300)
+        page.locator("#show-filters").click()
+        page.locator("#filters").get_by_role("button", name="texts 2", exact=True).click()
+        page.wait_for_function("location.search.includes('kind')")
+        page.get_by_role("button", name="All", exact=True).click()
+        page.get_by_role("button", name="Select", exact=True).click()
+        box = canvas.bounding_box()
+        page.mouse.move(box["x"] + 5, box["y"] + 60)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] - 5, box["y"] + box["height"] - 5, steps=4)
+        page.mouse.up()
+        expect(page.locator("#selection li")).to_have_count(2)
+
+
+def test_the_collection_its_failures_and_a_run(browser: Any, gallery: Path, tmp_path: Path) -> None:
+    shutil.copytree(gallery, tmp_path / "c", ignore=shutil.ignore_patterns("*.sock*"))
+    write_photos(tmp_path / "more", 1)
+    run("index", tmp_path / "more", "-c", tmp_path / "c", "--quiet")
+    with serving(tmp_path / "c", allow_index=True) as served, opened(browser, served.address) as page:
+        expect(page.locator("#count")).to_have_text("15 items, newest first")
+        page.click("#show-status")
+        status = page.locator("#status")
+        expect(status).to_contain_text("e5v-tiny")
+        expect(status.locator("#failed li")).to_have_count(1)
+        expect(status.locator("#failed")).to_contain_text("truncated")
+        write_photos(tmp_path / "more", 4)
+        status.get_by_role("button", name="Look for new photos").click()
+        expect(status.locator("#run")).to_contain_text("3 added", timeout=60_000)
+        page.keyboard.press("Escape")
+        expect(page.locator("#count")).to_have_text("18 items, newest first")  # without a reload
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_can_be_read(browser: Any, served: Served, scheme: str) -> None:
+    with opened(browser, served.address, "/?q=a+cat&minus=grass:0.5", color_scheme=scheme) as page:
+        page.click("#show-filters")
+        page.wait_for_selector("#filters details")
+        page.locator("#filters summary").evaluate_all("all => all.forEach((e) => { e.parentElement.open = true; })")
+        page.locator("#filters").get_by_role("button", name="photos 10").click()
+        page.wait_for_selector("#filters [aria-pressed=true]")
+        for place in ("", "look", "status", "help"):
+            if place == "look":
+                page.locator("#results .tile").first.click()
+                page.wait_for_selector("#words span")
+            elif place:
+                page.click(f"#show-{place}")
+                page.wait_for_selector(f"#{place} dl")
+            found = page.evaluate(RATIOS)
+            assert len(found) > 20
+            assert [each for each in found if each[0] < 4.5] == [], place
+            assert page.evaluate(NAMELESS) == []
+            page.keyboard.press("Escape")
+
+
+def test_on_a_phone(browser: Any, served: Served) -> None:
+    size = {"width": 390, "height": 844}
+    with opened(browser, served.address, "/?q=a+cat", viewport=size, has_touch=True, is_mobile=True) as page:
+        page.wait_for_selector("#results .score")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.locator("#results .tile").first.tap()
+        expect(page.locator("#look").get_by_role("button", name="More like this")).to_be_in_viewport()
+        seen = page.locator("#look .seen").bounding_box()
+        assert seen["height"] > 300
+        page.locator("#look [data-act=close]").tap()
+        page.tap("#show-filters")
+        page.wait_for_selector("#filters details")
+        panel = page.locator("#filters").bounding_box()
+        assert panel["y"] > 100
+        assert panel["y"] + panel["height"] <= 845
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_token_is_asked_for_once(browser: Any, gallery: Path) -> None:
+    token = "a-token-that-nobody-guesses"
+    with serving(gallery, token=token) as served, opened(browser, served.address, f"/?token={token}") as page:
+        expect(page.locator("#count")).to_have_text("14 items, newest first")
+        assert "token" not in page.url
+        assert page.evaluate("document.cookie") == ""
+        page.reload()
+        expect(page.locator("#results .tile img").first).to_have_js_property("complete", True)
+
+
+def test_a_long_collection_comes_as_one_scrolls(browser: Any, tmp_path: Path) -> None:
+    paths = write_photos(tmp_path / "photos", 230)
+    x = np.random.default_rng(0).normal(size=(len(paths), 256)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    shape = {"width": 60, "height": 40, "format": "JPEG"}
+    puts = [
+        Put(kind="image", content_hash=f"{n:064x}", path=str(path), item_id=n + 1, vectors={"retrieval": x[n]}, **shape)
+        for n, path in enumerate(paths)
+    ]
+    with Collection.open(tmp_path / "c") as source:
+        embedder = source.embedder()
+        model = {"name": embedder.name, "quantize": None}
+        source.load(puts, embedder.fingerprint, 256, model, ["retrieval"], [])
+    with serving(tmp_path / "c") as served, opened(browser, served.address) as page:
+        assert 60 <= page.locator("#results li").count() <= 200
+        for _ in range(4):
+            page.mouse.wheel(0, 4000)
+            page.wait_for_timeout(200)
+        expect(page.locator("#results li")).to_have_count(230)
+        page.evaluate("scrollTo(0, 0)")
+        searched(page, "a photo")
+        assert page.locator("#results li").count() < 230
+        expect(page.locator("#count")).to_contain_text("the best")
+        for _ in range(6):
+            page.mouse.wheel(0, 6000)
+            page.wait_for_timeout(300)
+        expect(page.locator("#results li")).to_have_count(230)
+        assert len(set(names(page))) == 230
