@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 @prompts_option
 @collection_option
 @model_options
-@click.option("--service/--no-service", default=True, help="Ask the `serve` that runs for this collection, if there is one.")
+@click.option("--no-service", is_flag=True, help="Do not ask the `serve` that may run for this collection.")
 @click.option("--allow-mismatch", is_flag=True, help="Search even if another model made the collection.")
 @debug_option
 def search(
@@ -99,7 +99,7 @@ def search(
     device: str,
     dtype: str,
     quantize: str | None,
-    service: bool,
+    no_service: bool,
     allow_mismatch: bool,
 ) -> None:
     """Find items by a TEXT, a picture, or a picture and a change.
@@ -129,7 +129,7 @@ def search(
     wanted: Wanted = {"k": k, "threshold": threshold, "keep_reference": keep_reference, "explain": explain}
     draw = None if as_json or as_csv or as_paths else thumbnails(mode, sys.stdout)
     hits, drawn = None, []
-    if service and not allow_mismatch and (model, device, dtype, quantize) == ("auto", "auto", "auto", None):
+    if not (no_service or allow_mismatch) and (model, device, dtype, quantize) == ("auto", "auto", "auto", None):
         hits = client.ask(collection_path(collection), asked, **wanted)
     if hits is None or sheet is not None or draw:
         from e5v_search.collection import Collection, ModelChoice

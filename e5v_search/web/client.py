@@ -105,12 +105,12 @@ def _encoded_input(given: Input) -> dict[str, Any]:
 
 def decoded(query: dict[str, Any]) -> Query:
     """The query that `ask` has sent. Raises LookupError where a picture is not the one that was meant, QueryError."""
-    terms = {
+    parts: dict[str, Any] = {
         name: tuple(Term(Input(**{**each, "image": _image(each["image"])}), weight) for each, weight in query[name])
         for name in ("plus", "minus")
     }
-    main = {"text": query["text"], "image": _image(query.get("image")), "modify": query.get("modify")}
-    return Query(**main, **terms, where=tuple(query["where"]), prompts=query["prompts"])
+    parts |= {"text": query["text"], "image": _image(query.get("image")), "modify": query.get("modify")}
+    return Query(**parts, where=tuple(query["where"]), prompts=query["prompts"])
 
 
 def _image(image: Any) -> Any:

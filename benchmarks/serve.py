@@ -1,0 +1,272 @@
+"""The service under load, `search` with and without it, requests that make no sense, and the first paint of a large collection.
+
+    python benchmarks/serve.py search PHOTOS [--rounds 5]         one cold and one warm `search` in turn
+    python benchmarks/serve.py load PHOTOS [--clients 50] [--seconds 60]
+    python benchmarks/serve.py paint PHOTOS [--items 100000]      needs playwright and chromium
+    python benchmarks/serve.py fuzz [--requests 10000]            tests/test_web_fuzz.py with so many
+
+PHOTOS is a folder of photos, of which the first 150 are indexed. Each part is kept in benchmarks/results/serve.json.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from machine import RESULTS, describe
+
+from e5v_search.catalog import Put
+from e5v_search.collection import Collection
+
+PHOTOS = 150
+WORDS = ["two", "dog", "cat", "child", "man", "woman", "red", "blue", "snow", "grass", "water", "runs", "plays", "jumps"]
+E5V = [sys.executable, "-m", "e5v_search"]
+
+
+def collection(photos: Path, folder: Path) -> Path:
+    chosen = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:PHOTOS]
+    subprocess.run([*E5V, "index", *map(str, chosen), "-c", f"{folder}/c", "--quiet"], check=False)
+    return folder / "c"
+
+
+@contextmanager
+def serving(place: Path) -> Iterator[str]:
+    """The address of a service in a process of its own."""
+    process = subprocess.Popen([*E5V, "serve", "-c", str(place), "--port", "0"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    try:
+        yield address
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0, "it did not stop cleanly"
+
+
+def cost(command: list[str]) -> tuple[float, float]:
+    """Wall and processor seconds of a process."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    place = collection(args.photos, folder)
+    rows: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
+    with serving(place):
+        for n in range(args.rounds + 1):
+            ask = [*E5V, "search", f"two dogs play in the snow {n}", "-c", str(place), "--json"]
+            costs = cost([*ask, "--no-service"]), cost(ask)
+            if n:  # the first round fills the system's caches
+                for name, each in zip(rows, costs, strict=True):
+                    rows[name].append(each)
+    found = {
+        name: {
+            "wall_s": round(statistics.median(w for w, _ in each), 3),
+            "cpu_s": round(statistics.median(c for _, c in each), 3),
+        }
+        for name, each in rows.items()
+    }
+    ratios = [cold[1] / warm[1] for cold, warm in zip(rows["cold"], rows["warm"], strict=True)]
+    walls = [cold[0] / warm[0] for cold, warm in zip(rows["cold"], rows["warm"], strict=True)]
+    return {
+        **found,
+        "rounds": args.rounds,
+        "ratio_cpu": round(statistics.median(ratios), 1),
+        "ratio_wall": round(statistics.median(walls), 1),
+    }
+
+
+async def client(address: str, ids: list[int], end: float, seed: int, told: dict[str, list[float]], errors: list[str]) -> None:
+    """What someone at the page does: new words, old words, small pictures, the next page; one after the other."""
+    rng = random.Random(seed)
+    host, port = address.removeprefix("http://").rstrip("/").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    n = 0
+    while time.perf_counter() < end:
+        kind = rng.choices(["new", "repeated", "thumbnail", "items"], [2, 4, 6, 1])[0]
+        new = f"{' '.join(rng.choices(WORDS, k=6))} {seed} {n}"
+        path = {
+            "new": f"/api/search?k=60&q={quote(new)}",
+            "repeated": f"/api/search?k=60&q={quote(' '.join(random.Random(rng.randrange(20)).choices(WORDS, k=4)))}",
+            "thumbnail": f"/api/items/{rng.choice(ids)}/thumbnail?size=512",
+            "items": f"/api/items?n=100&start={rng.randrange(100)}",
+        }[kind]
+        n += 1
+        start = time.perf_counter()
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            length = next(int(line.split(":")[1]) for line in head.lower().splitlines() if line.startswith("content-length"))
+            body = await reader.readexactly(length)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            errors.append(f"{kind}: {error!r}")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            continue
+        if head.split()[1] != "200":
+            errors.append(f"{kind}: {head.splitlines()[0]} {body[:100]!r}")
+        elif kind == "repeated" and json.loads(body)["took_ms"]["embed"]:
+            told["repeated, the first time"].append(time.perf_counter() - start)
+        else:
+            told[kind].append(time.perf_counter() - start)
+        await asyncio.sleep(rng.expovariate(1 / THINK))
+    writer.close()
+
+
+THINK = 1.0  # seconds that a person looks before the next request, on average
+
+
+def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    place = collection(args.photos, folder)
+    with Collection.open(place) as source:
+        ids = source.catalog.newest(0, PHOTOS)
+
+    async def all_clients(address: str) -> tuple[dict[str, list[float]], list[str]]:
+        told: dict[str, list[float]] = {
+            name: [] for name in ("new", "repeated", "repeated, the first time", "thumbnail", "items")
+        }
+        errors: list[str] = []
+        end = time.perf_counter() + args.seconds
+        await asyncio.gather(*(client(address, ids, end, seed, told, errors) for seed in range(args.clients)))
+        return told, errors
+
+    with serving(place) as address:
+        asyncio.run(all_clients_warm(address))
+        told, errors = asyncio.run(all_clients(address))
+
+    def percentile(values: list[float], share: float) -> float:
+        return round(float(np.percentile(values, share)) * 1e3, 1) if values else float("nan")
+
+    rows = {
+        name: {"requests": len(values), **{f"p{share}_ms": percentile(values, share) for share in (50, 95, 99)}}
+        for name, values in told.items()
+    }
+    every = [value for values in told.values() for value in values]
+    return {
+        "clients": args.clients,
+        "seconds": args.seconds,
+        "think_s": THINK,
+        "requests": len(every),
+        "per_s": round(len(every) / args.seconds, 1),
+        "errors": len(errors),
+        "first_errors": errors[:5],
+        "p95_ms": percentile(every, 95),
+        "kinds": rows,
+    }
+
+
+async def all_clients_warm(address: str) -> None:
+    """Until the model is loaded."""
+    host, port = address.removeprefix("http://").rstrip("/").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"GET /api/search?q=a HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    await reader.read()
+    writer.close()
+
+
+def large(photos: Path, folder: Path, items: int) -> Path:
+    """A collection of so many photos, without a model: random vectors, the newest 200 photos real."""
+    real = sorted(path for path in photos.rglob("*") if path.suffix.lower() == ".jpg")[:200]
+    rng = np.random.default_rng(0)
+
+    def puts() -> Iterator[Put]:
+        for n in range(items):
+            x = rng.standard_normal(256, dtype=np.float32)
+            path = folder / f"photos/{n // 500}/{n}.jpg"
+            if n < len(real):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(real[n], path)
+            year = 2024 if n < len(real) else 2000 + n % 23
+            yield Put(
+                kind="image", content_hash=f"{n:064x}", path=str(path), item_id=n + 1, width=400, height=300, format="JPEG",
+                taken_at=f"{year}-{n % 12 + 1:02d}-{n % 28 + 1:02d}T10:00:00", vectors={"retrieval": x / np.linalg.norm(x)},
+            )  # fmt: skip
+
+    with Collection.open(folder / "large") as source:
+        embedder = source.embedder()
+        source.load(puts(), embedder.fingerprint, 256, {"name": embedder.name, "quantize": None}, ["retrieval"], [])
+    return folder / "large"
+
+
+def paint(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from playwright.sync_api import sync_playwright
+
+    place = large(args.photos, folder, args.items)
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    rows = []
+    with serving(place) as address, sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        asyncio.run(all_clients_warm(address))
+        for _ in range(args.rounds):
+            page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
+            page.goto(address)
+            page.wait_for_selector("#results li")
+            tiles = page.evaluate("performance.now()")
+            page.wait_for_function(
+                "[...document.querySelectorAll('#results img')].filter((e) => e.getBoundingClientRect().top < innerHeight)"
+                ".every((e) => e.complete && e.naturalWidth)"
+            )
+            pictures = page.evaluate("performance.now()")
+            first = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+            rows.append((first, tiles, pictures))
+            page.context.close()
+        browser.close()
+    names = ("first_paint_ms", "tiles_ms", "pictures_ms")
+    medians = {name: round(statistics.median(each), 1) for name, each in zip(names, zip(*rows, strict=True), strict=True)}
+    worst = round(max(row[0] for row in rows), 1)
+    return {"items": args.items, "rounds": args.rounds, **medians, "first_paint_worst_ms": worst}
+
+
+def fuzz(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "--timeout=3000", "tests/test_web_fuzz.py"]
+    done = subprocess.run(
+        command, env=os.environ | {"E5V_FUZZ": str(args.requests)}, capture_output=True, text=True, check=False
+    )
+    return {
+        "requests": args.requests,
+        "passed": done.returncode == 0,
+        "seconds": round(time.perf_counter() - start),
+        "told": done.stdout[-300:],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name in ("search", "load", "paint", "fuzz"):
+        part = parts.add_parser(name)
+        if name != "fuzz":
+            part.add_argument("photos", type=Path)
+        part.add_argument("--rounds", type=int, default=5)
+        part.add_argument("--clients", type=int, default=50)
+        part.add_argument("--seconds", type=float, default=60)
+        part.add_argument("--items", type=int, default=100_000)
+        part.add_argument("--requests", type=int, default=10_000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = {"search": search, "load": load, "paint": paint, "fuzz": fuzz}[args.part](args, Path(folder))
+    print(json.dumps(found, indent=2))
+    path = RESULTS / "serve.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    command = " ".join(["python benchmarks/serve.py", *(arg if "/" not in arg else "PHOTOS" for arg in sys.argv[1:])])
+    kept[args.part] = {"command": command, **describe(), **found}
+    path.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Requests with whatever the description of the API allows, and much that it does not: never a 500, always as described."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from serving import Served
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install schemathesis")
+from schemathesis import GenerationMode, openapi  # noqa: E402
+from schemathesis.checks import not_a_server_error  # noqa: E402
+from schemathesis.specs.openapi.checks import (  # noqa: E402
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+REQUESTS = int(os.environ.get("E5V_FUZZ", "300"))  # in all
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+def test_no_request_is_a_500(served: Served, mode: GenerationMode) -> None:
+    schema = openapi.from_url(f"{served.address}/openapi.json")
+    operations = [found.ok() for found in schema.get_all_operations()]
+    asked = [operation for operation in operations if operation.path != "/api/events"]  # which goes on
+    assert len(asked) > 12
+    sent = 0
+    for operation in asked:
+
+        @settings(
+            max_examples=REQUESTS // (2 * len(asked)),
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(operation.as_strategy(generation_mode=mode))
+        def one(case: schemathesis.Case) -> None:
+            nonlocal sent
+            sent += 1
+            case.validate_response(case.call(base_url=served.address), checks=CHECKS)
+
+        one()
+    assert sent > REQUESTS // 4
+    assert served.get("/healthz").status == 200
