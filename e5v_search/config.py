@@ -4,11 +4,12 @@ A dataclass is the schema: its fields are the keys, their annotations the types,
 bool, int, float, str, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]`, an enumeration by `Literal`, or a
 dataclass of their own. A dataclass that has a method `problems() -> list[str]` is asked for what types cannot say.
 
-And where collections live when nobody says where.
+Where collections live when nobody says where; and which model is meant, before anything of it is loaded.
 """
 
 import dataclasses
 import os
+import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,23 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from e5v_search.errors import UsageError
 
 T = TypeVar("T")
+
+TILES = ("auto", "full", "base")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+    """A model, and how it is to run: what `Embedder.load` takes, as one value. Raises UsageError for no such `tiles`."""
+
+    name: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: str | None = None
+    tiles: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.tiles not in TILES and not re.fullmatch("[1-9][0-9]{0,3}", self.tiles):
+            raise UsageError(f"tiles must be one of {', '.join(TILES)}, or the most tiles of a picture, not {self.tiles!r}")
 
 
 def load_recipe(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:

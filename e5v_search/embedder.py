@@ -52,13 +52,19 @@ class Word:
 class Embedder(Protocol):
     """One model. Embeddings are float32 arrays (n, dim) whose rows have length 1.
 
-    `name` is what was asked for and `quantize` how the weights are held: together they load the model again.
+    `name` is what was asked for, `quantize` how the weights are held, `tiles` how much is read of a picture.
     """
 
     name: str
     dim: int
     quantize: str | None
+    tiles: str
     made_by: Fingerprint
+
+    @property
+    def recalled_by(self) -> dict[str, Any]:
+        """What a collection keeps, to load the model again: fields of `ModelChoice`."""
+        return {"name": self.name, "quantize": self.quantize, "tiles": self.tiles}
 
     @property
     def fingerprint(self) -> str:

@@ -15,7 +15,7 @@ from command_line import run
 from pictures import photo
 from PIL import ExifTags, Image
 
-from e5v_search.collection import ModelChoice
+from e5v_search.config import ModelChoice
 from e5v_search.web.server import Server
 
 SAMPLES = Path(__file__).parent.parent / "e5v_search/samples"

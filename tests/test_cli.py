@@ -452,6 +452,20 @@ def test_another_model_is_refused_with_both_named(copied: Path, tmp_path: Path) 
     assert len(result.stdout.splitlines()) == 5
 
 
+def test_a_collection_with_fewer_tiles_finds_its_setting_and_refuses_others(photos: Path, home: Path) -> None:
+    assert run("index", photos, "-c", "quick", "--tiles", "base").exit_code == 0
+    found = json.loads(run("search", "a dog", "-c", "quick", "--json").stdout)
+    assert "/base/float" in found["fingerprint"]
+    assert len(found["hits"]) == 5
+    for command in (["search", "a dog"], ["index"], ["compare", "1", "2"]):
+        for model in ([], ["--model", "e5v-tiny"]):
+            said = refused(3, *command, "-c", "quick", "--tiles", "full", *model)
+            assert "/base/float, but the model here is e5v-tiny@" in said
+            assert "/auto/float: their" in said
+    assert run("index", "-c", "quick", "--model", "e5v-tiny", "--json").exit_code == 0
+    assert "the most tiles of a picture, not 'few'" in refused(2, "search", "a dog", "-c", "quick", "--tiles", "few")
+
+
 def test_a_newer_schema(copied: Path) -> None:
     with sqlite3.connect(copied / "catalog.sqlite") as db:
         db.execute("INSERT INTO migrations (number, name, applied_at) VALUES (999, 'later', '')")

@@ -81,6 +81,59 @@ def test_equals_the_plain_formula(
     assert np.abs(expected @ expected.T)[~np.eye(len(expected), dtype=bool)].min() < 0.9  # inputs do not all look alike
 
 
+@pytest.mark.parametrize(("tiles", "most"), [("2", 2), ("3", 3)])
+def test_fewer_tiles_are_the_published_layout_with_fewer_grids(
+    tiles: str, most: int, folders: dict[str, tuple[Path, Path]]
+) -> None:
+    few = [p for p in replica.PINPOINTS if p[0] * p[1] <= most * replica.TILE**2]
+    plain = replica.PlainFormula(folders["llama"][1])
+    plain.model.config.image_grid_pinpoints = plain.processor.image_processor.image_grid_pinpoints = few
+    prompt = LLAMA3_CHAT.replace("{}", PROMPT_SETS["retrieval"].get("image"))
+    expected = np.stack([plain(prompt, p) for p in PICTURES])
+    embedder = load(folders["llama"][0], tiles=tiles)
+    assert cosines(embedder.embed_images(PICTURES), expected).min() > 0.99999
+    assert embedder.fingerprint.endswith(f"/{tiles}/float")
+
+
+def test_the_base_tile_alone_stands_in_the_place_of_the_picture(
+    ours: LlavaNextEmbedder, plain: dict[str, replica.PlainFormula], folders: dict[str, tuple[Path, Path]]
+) -> None:
+    model, processor = plain["llama"].model.model, plain["llama"].processor
+    expected = []
+    for image in PICTURES:
+        prompt = LLAMA3_CHAT.replace("{}", PROMPT_SETS["retrieval"].get("image"))
+        before, after = (processor.tokenizer(part, add_special_tokens=False)["input_ids"] for part in prompt.split("<image>"))
+        pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"][0, :1]
+        with torch.no_grad():
+            seen = model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+            words = model.language_model.embed_tokens(torch.tensor([[processor.tokenizer.bos_token_id, *before, *after]]))
+            at = 1 + len(before)
+            x = torch.cat((words[:, :at], model.multi_modal_projector(seen), words[:, at:]), dim=1)
+            hidden = model.language_model(inputs_embeds=x, use_cache=False).last_hidden_state[0, -1].numpy()
+        expected.append(hidden / np.linalg.norm(hidden))
+    embedder = load(folders["llama"][0], tiles="base")
+    x = embedder.embed_images(PICTURES)
+    assert cosines(x, np.stack(expected)).min() > 0.99999
+    assert cosines(x, ours.embed_images(PICTURES)).min() < 0.99
+    [views] = embedder.embed_views([embedder.prepare(p) for p in PICTURES], ["cirr", "retrieval"])[1:]
+    assert cosines(views, x).min() > 0.99999
+    pairs = list(zip(PICTURES, replica.SENTENCES * 3, strict=False))
+    alone = np.concatenate([embedder.embed_composed([pair]) for pair in pairs])
+    assert cosines(embedder.embed_composed(pairs), alone).min() > 0.99999
+    np.testing.assert_array_equal(embedder.embed_texts(replica.SENTENCES), ours.embed_texts(replica.SENTENCES))
+    assert embedder.fingerprint == ours.fingerprint.replace("/auto/", "/base/")
+
+
+def test_all_tiles_have_one_name(folders: dict[str, tuple[Path, Path]], ours: LlavaNextEmbedder) -> None:
+    assert {load(folders["llama"][0], tiles=tiles).fingerprint for tiles in ("auto", "full", "4", "100")} == {ours.fingerprint}
+
+
+@pytest.mark.parametrize("tiles", ["some", "0", "-1", "1.5", "", "BASE"])
+def test_tiles_that_are_none(tiles: str, folders: dict[str, tuple[Path, Path]]) -> None:
+    with pytest.raises(UsageError, match="auto, full, base, or the most tiles"):
+        load(folders["llama"][0], tiles=tiles)
+
+
 def test_a_batch_gives_what_single_items_give(ours: LlavaNextEmbedder) -> None:
     texts = [*replica.SENTENCES, "a", "word " * 150]
     assert cosines(ours.embed_texts(texts), np.concatenate([ours.embed_texts([t]) for t in texts])).min() > 0.999999

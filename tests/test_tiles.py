@@ -11,6 +11,7 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from e5v_search.backbones.tiles import TileSpec, best_resolution, cut, token_count, unpadded
+from e5v_search.errors import UsageError
 
 SPEC = TileSpec(336, 14, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
 SHAPES = [
@@ -81,3 +82,47 @@ def test_unpadding_and_token_count_equal_transformers(height: int, width: int) -
 @pytest.mark.parametrize(("size", "tokens"), [((640, 640), 2928), ((480, 640), 2340), ((333, 500), 1464)])
 def test_token_counts_of_the_8b_model(size: tuple[int, int], tokens: int) -> None:
     assert token_count(size, SPEC) == tokens
+
+
+@pytest.mark.parametrize(
+    ("setting", "pinpoints", "name"),
+    [
+        ("auto", SPEC.pinpoints, "auto"),
+        ("full", SPEC.pinpoints, "auto"),
+        ("4", SPEC.pinpoints, "auto"),
+        ("99", SPEC.pinpoints, "auto"),
+        ("3", ((336, 672), (672, 336), (1008, 336), (336, 1008)), "3"),
+        ("2", ((336, 672), (672, 336)), "2"),
+        ("base", (), "base"),
+    ],
+)
+def test_limits(setting: str, pinpoints: tuple[tuple[int, int], ...], name: str) -> None:
+    spec, called = SPEC.limited(setting)
+    assert (spec.pinpoints, called) == (pinpoints, name)
+
+
+def test_limits_that_say_the_same_have_one_name() -> None:
+    wide = TileSpec(336, 14, ((336, 672), (672, 1344)))  # 2 and 8 tiles
+    assert {wide.limited(n)[1] for n in "234567"} == {"2"}
+
+
+def test_a_limit_below_the_smallest_grid_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"have 2, 3, 4 tiles: 1 is too few.* or base"):
+        SPEC.limited("1")
+
+
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_the_base_tile_alone(height: int, width: int) -> None:
+    image = noise(height, width)
+    base = cut(image, SPEC.limited("base")[0])
+    np.testing.assert_array_equal(base.pixels, cut(image, SPEC).pixels[:1])
+    assert base.grid == (0, 0)
+    assert token_count((height, width), SPEC.limited("base")[0]) == 576
+
+
+def test_token_counts_of_limits() -> None:
+    assert [token_count((480, 640), SPEC.limited(n)[0]) for n in ("2", "3", "4")] == [
+        1368,
+        1368,
+        2340,
+    ]  # 576 + 24·(32 + 1) of 48·36 pixels

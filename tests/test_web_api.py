@@ -370,7 +370,7 @@ def test_answers_are_forgotten_when_there_are_too_many() -> None:
 
 
 def test_pages_of_a_filter_are_exact(gallery: Path) -> None:
-    from e5v_search.collection import ModelChoice
+    from e5v_search.config import ModelChoice
 
     service = Service(gallery, ModelChoice())
     with Catalog.open(gallery, readonly=True) as catalog:

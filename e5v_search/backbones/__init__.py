@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from e5v_search import embedder
+from e5v_search.config import ModelChoice
 from e5v_search.errors import ModelError
 
 if TYPE_CHECKING:
@@ -17,24 +19,39 @@ class Embedder(embedder.Embedder):
     """A model that runs here. A family's class loads its own models alone."""
 
     @abstractmethod
-    def __init__(self, source: Source, name: str, device: str, dtype: str, quantize: str | None) -> None: ...
+    def __init__(self, source: Source, choice: ModelChoice) -> None: ...
 
     @classmethod
-    def load(cls, model: str = "auto", *, device: str = "auto", dtype: str = "auto", quantize: str | None = None) -> Self:
+    def load(
+        cls,
+        model: str = "auto",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantize: str | None = None,
+        tiles: str | int = "auto",
+    ) -> Self:
         """Load a model: "auto", a known name, a hub id (`owner/name@revision`) or a checkpoint folder.
 
-        device auto/cpu/cuda/cuda:1/mps, dtype auto/float32/float16/bfloat16, quantize None/"4bit"/"8bit" (bitsandbytes).
-        Raises UnknownModel, IncompleteCheckpoint, MissingPackage or another ModelError.
+        device auto/cpu/cuda/cuda:1/mps, dtype auto/float32/float16/bfloat16, quantize None, "4bit" or "8bit"
+        (bitsandbytes), or "int8" (x86 processors). tiles: of a picture at high resolution, "auto" or "full" as many as the
+        model was made for, a number at most so many, "base" none; the whole picture at low resolution is always read.
+        Raises UnknownModel, IncompleteCheckpoint, MissingPackage or another ModelError, UsageError.
         """
+        return cls.of(ModelChoice(model, device, dtype, quantize, str(tiles)))
+
+    @classmethod
+    def of(cls, choice: ModelChoice) -> Self:
+        """As `load`."""
         from e5v_search.backbones import checkpoint, registry
 
-        if model == "auto":
-            free = checkpoint.free_cuda_bytes() if device in ("auto", "cuda") else None
-            model, chosen, line = registry.choose(free)
-            quantize = quantize or chosen
+        if choice.name == "auto":
+            free = checkpoint.free_cuda_bytes() if choice.device in ("auto", "cuda") else None
+            name, quantize, line = registry.choose(free)
+            choice = replace(choice, name=name, quantize=choice.quantize or quantize)
             print(line, file=sys.stderr)
-        source = registry.resolve(model)
+        source = registry.resolve(choice.name)
         family = registry.family(source.folder)
         if not issubclass(family, cls):
             raise ModelError(f"{source.folder} holds a model for {family.__name__}, not for {cls.__name__}")
-        return family(source, model, device, dtype, quantize)
+        return family(source, choice)

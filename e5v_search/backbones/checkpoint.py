@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from e5v_search.backbones.config import LlavaNextConfig
+from e5v_search.backbones.int8 import Int8Linear, swap_linears
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.errors import IncompleteCheckpoint, MissingPackage, ModelError, UsageError
 
-QUANTIZE = ("4bit", "8bit")
+QUANTIZE = ("4bit", "8bit", "int8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def load_model(
     if not sees:
         del model.vision_tower, model.multi_modal_projector, model.image_newline
     if quantize is not None:
-        _quantize_linears(model.language_model, quantize, dtype)
+        _quantize_linears(model, quantize, device, dtype)
     wanted = dict(model.named_parameters())
     # not wanted: lm_head, vision layers above the one that is read, rotary buffers of old checkpoints
     for key, tensor in _tensors(folder, lambda key: key in wanted):
@@ -148,6 +149,9 @@ def load_model(
 def _place(model: nn.Module, key: str, tensor: Tensor, device: torch.device) -> None:
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
+    if isinstance(module, Int8Linear) and name == "weight":
+        module.pack(tensor)
+        return
     old = getattr(module, name)
     if type(old) is nn.Parameter:
         new = nn.Parameter(tensor.to(device), requires_grad=False)
@@ -158,10 +162,14 @@ def _place(model: nn.Module, key: str, tensor: Tensor, device: torch.device) -> 
         module.num_embeddings = len(tensor)
 
 
-def _quantize_linears(decoder: nn.Module, quantize: str, dtype: torch.dtype) -> None:
-    """Swap the decoder's linear layers for bitsandbytes' (NF4 with double quantisation, or LLM.int8)."""
+def _quantize_linears(model: LlavaNext, quantize: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Swap linear layers for those of `int8`, or the decoder's for bitsandbytes' (NF4 with double quantisation, LLM.int8)."""
     if quantize not in QUANTIZE:
         raise UsageError(f"quantize must be one of {', '.join(QUANTIZE)}, not {quantize!r}")
+    if quantize == "int8":
+        swap_linears(model, device)
+        return
+    decoder = model.language_model
     try:
         import bitsandbytes as bnb
     except ImportError:

@@ -24,6 +24,7 @@ from e5v_search.backbones.prefix import Beginning, Key, PrefixMemory, default_li
 from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.backbones.tiles import Tiles, TileSpec, cut, token_count
 from e5v_search.backbones.vocabulary import Vocabulary
+from e5v_search.config import ModelChoice
 from e5v_search.embedder import Fingerprint, Picture, Word
 from e5v_search.errors import MediaError, ModelError, TextTooLong
 from e5v_search.parallel import ahead, windows
@@ -95,17 +96,20 @@ def _floats(hidden: Tensor) -> np.ndarray:
 class LlavaNextEmbedder(Embedder):
     """`memory` keeps what the model saw of pictures for `embed_composed`; set its `limit` (bytes) or clear it at will."""
 
-    def __init__(self, source: registry.Source, name: str, device: str, dtype: str, quantize: str | None) -> None:
+    def __init__(self, source: registry.Source, choice: ModelChoice) -> None:
         raw = checkpoint.read_json(source.folder / "config.json")
         config = LlavaNextConfig.from_json(raw)
-        self.name, self.quantize, self.folder = name, quantize, source.folder
-        self.device = checkpoint.pick_device(device)
-        self.dtype = checkpoint.pick_dtype(dtype, self.device, config.text_config.parameters)
+        self.name, self.quantize, self.folder = choice.name, choice.quantize, source.folder
+        self.device = checkpoint.pick_device(choice.device)
+        # what int8 leaves in floats is little: it may as well be fast
+        large = 0 if self.quantize == "int8" else config.text_config.parameters
+        self.dtype = checkpoint.pick_dtype(choice.dtype, self.device, large)
         self.encoder = PromptEncoder.read(source.folder, config)
-        self.spec, self._mean, self._std = preprocessing(source.folder, config)
-        self.model: LlavaNext = checkpoint.load_model(source.folder, config, self.device, self.dtype, quantize)
+        spec, self._mean, self._std = preprocessing(source.folder, config)
+        self.spec, self.tiles = spec.limited(choice.tiles)
+        self.model: LlavaNext = checkpoint.load_model(source.folder, config, self.device, self.dtype, self.quantize)
         self.dim = config.text_config.hidden_size
-        self.made_by = Fingerprint(source.name, source.revision, weights=quantize or "float")
+        self.made_by = Fingerprint(source.name, source.revision, tiles=self.tiles, weights=self.quantize or "float")
         self.memory = PrefixMemory(default_limit(self.device))
         self.batches = Batches(self.device, self.memory.clear)
 

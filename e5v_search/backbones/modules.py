@@ -307,7 +307,7 @@ class LlavaNext(nn.Module):
         self.language_model = TextDecoder(config.text_config)
 
     def image_features(self, pixels: Tensor, sizes: Sequence[Size], grids: Sequence[Size]) -> list[Tensor]:
-        """Visual tokens of each picture, (n_i, d): its base tile, then its unpadded rows, each ended by a newline.
+        """Visual tokens of each picture, (n_i, d): its base tile, then its unpadded rows, if any, each ended by a newline.
 
         pixels (T, 3, tile, tile) normalised, the tiles of all pictures one after the other;
         sizes (height, width) of the pictures in pixels; grids (rows, cols) of their tiles.
@@ -319,6 +319,8 @@ class LlavaNext(nn.Module):
     def _pack(self, tiles: Tensor, size: Size, grid: Size) -> Tensor:
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         rows, cols = grid
+        if not rows:
+            return tiles[0]
         # (rows·cols, p, d) -> one map of patches (rows·side, cols·side, d)
         patches = tiles[1:].reshape(rows, cols, side, side, -1).transpose(1, 2).reshape(rows * side, cols * side, -1)
         keep_rows, keep_cols = unpadded(size, (rows * side, cols * side))

@@ -1,4 +1,4 @@
-"""AnyRes of LLaVA-NeXT: a picture becomes one small base tile and a grid of tiles at higher resolution.
+"""AnyRes of LLaVA-NeXT: a picture becomes one small base tile and a grid of tiles at higher resolution, if any.
 
 Pixel for pixel what transformers' PIL image processor gives (LlavaNextImageProcessorPil), at a fraction of its time:
 tiles stay uint8 until they are on the device, and a picture is resized twice, never tile by tile. No torch here.
@@ -6,17 +6,22 @@ tiles stay uint8 until they are on the device, and a picture is resized twice, n
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
+
+from e5v_search.errors import UsageError
 
 Size = tuple[int, int]  # (height, width) in pixels
 
 
 @dataclass(frozen=True)
 class TileSpec:
-    """How a checkpoint wants its pictures. `tile` and `patch` in pixels; pinpoints are (height, width)."""
+    """How a checkpoint wants its pictures. `tile` and `patch` in pixels; pinpoints are (height, width).
+
+    Without pinpoints a picture is its base tile alone, and costs one token a patch.
+    """
 
     tile: int
     patch: int
@@ -28,6 +33,26 @@ class TileSpec:
         """Patches along one side of a tile."""
         return self.tile // self.patch
 
+    def limited(self, tiles: str) -> "tuple[TileSpec, str]":
+        """With fewer tiles ("base": none but the base tile, "3": at most three besides it), and what to call that.
+
+        What leaves nothing out is "auto". Raises UsageError for fewer than the least grid has.
+        """
+        if tiles == "base":
+            return replace(self, pinpoints=()), tiles
+        if tiles in ("auto", "full"):
+            return self, "auto"
+        counts = [h // self.tile * (w // self.tile) for h, w in self.pinpoints]
+        kept = tuple(p for p, n in zip(self.pinpoints, counts, strict=True) if n <= int(tiles))
+        if not kept:
+            known = ", ".join(map(str, sorted(set(counts))))
+            raise UsageError(f"this model's pictures have {known} tiles: {tiles} is too few, give one of these, or base")
+        return (
+            (self, "auto")
+            if len(kept) == len(counts)
+            else (replace(self, pinpoints=kept), str(max(n for n in counts if n <= int(tiles))))
+        )
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -35,7 +60,7 @@ class Tiles:
 
     pixels: np.ndarray
     size: Size
-    grid: Size  # (rows, cols) of tiles
+    grid: Size  # (rows, cols) of tiles besides the base tile
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
@@ -72,6 +97,8 @@ def unpadded(size: Size, patches: Size) -> tuple[slice, slice]:
 
 def token_count(size: Size, spec: TileSpec) -> int:
     """Visual tokens that a picture of `size` costs: base tile, then each kept row and its newline."""
+    if not spec.pinpoints:
+        return spec.side**2
     target = best_resolution(size, spec.pinpoints)
     rows, cols = unpadded(size, (target[0] // spec.patch, target[1] // spec.patch))
     kept: int = (rows.stop - rows.start) * (cols.stop - cols.start + 1)
@@ -81,13 +108,15 @@ def token_count(size: Size, spec: TileSpec) -> int:
 def cut(image: Image.Image, spec: TileSpec) -> Tiles:
     """Prepare an upright RGB picture."""
     size = (image.height, image.width)
+    base = np.asarray(image.resize((spec.tile, spec.tile), spec.resample)).transpose(2, 0, 1)[None]
+    if not spec.pinpoints:
+        return Tiles(np.ascontiguousarray(base), size, (0, 0))
     target = best_resolution(size, spec.pinpoints)
     inner = fit(size, target)
     canvas = np.zeros((*target, 3), dtype=np.uint8)
     top, left = (target[0] - inner[0]) // 2, (target[1] - inner[1]) // 2
     canvas[top : top + inner[0], left : left + inner[1]] = np.asarray(image.resize((inner[1], inner[0]), spec.resample))
-    base = np.asarray(image.resize((spec.tile, spec.tile), spec.resample))
     rows, cols = target[0] // spec.tile, target[1] // spec.tile
     grid = canvas.reshape(rows, spec.tile, cols, spec.tile, 3).transpose(0, 2, 4, 1, 3)
-    pixels = np.concatenate((base.transpose(2, 0, 1)[None], grid.reshape(-1, 3, spec.tile, spec.tile)))
+    pixels = np.concatenate((base, grid.reshape(-1, 3, spec.tile, spec.tile)))
     return Tiles(pixels, size, (rows, cols))

@@ -24,6 +24,7 @@ from e5v_search.backbones import Embedder, checkpoint, registry
 from e5v_search.backbones.batches import Batches, unit
 from e5v_search.backbones.pixels import Pixels
 from e5v_search.backbones.prompt_encoder import load_tokenizer
+from e5v_search.config import ModelChoice
 from e5v_search.embedder import NO_PROMPTS, Fingerprint, Picture, Word
 from e5v_search.errors import IncompleteCheckpoint, ModelError, UsageError
 from e5v_search.parallel import ahead
@@ -32,13 +33,15 @@ _MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 
 
 class TwoTowers(Embedder):
-    def __init__(self, source: registry.Source, name: str, device: str, dtype: str, quantize: str | None) -> None:
-        if quantize is not None:
-            raise UsageError(f"{name} is a CLIP or SigLIP model, which is not quantised: leave --quantize out")
+    def __init__(self, source: registry.Source, choice: ModelChoice) -> None:
+        if choice.quantize is not None:
+            raise UsageError(f"{choice.name} is a CLIP or SigLIP model, which is not quantised: leave --quantize out")
+        if choice.tiles != "auto":
+            raise UsageError(f"{choice.name} is a CLIP or SigLIP model, which reads pictures whole: leave --tiles out")
         raw = checkpoint.read_json(source.folder / "config.json")
-        self.name, self.quantize = name, None
-        self.device = checkpoint.pick_device(device)
-        self.dtype = checkpoint.pick_dtype(dtype, self.device)
+        self.name, self.quantize, self.tiles = choice.name, None, "auto"
+        self.device = checkpoint.pick_device(choice.device)
+        self.dtype = checkpoint.pick_dtype(choice.dtype, self.device)
         self.model = _load(source.folder, _MODELS[raw["model_type"]], self.device, self.dtype)
         config = self.model.config
         siglip = raw["model_type"] == "siglip"

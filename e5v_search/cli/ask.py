@@ -19,9 +19,10 @@ from e5v_search.cli.options import (
     where_option,
 )
 from e5v_search.cli.printing import print_failures, print_hits, print_json, printable
+from e5v_search.config import ModelChoice
 
 if TYPE_CHECKING:
-    from e5v_search.collection import Collection, ModelChoice, Space
+    from e5v_search.collection import Collection, Space
 
 _MAX_LABEL = 60
 
@@ -29,6 +30,7 @@ _MAX_LABEL = 60
 @contextmanager
 def _space(collection: str, choice: "ModelChoice") -> "Iterator[tuple[Space, Collection | None]]":
     """A collection's model and vectors. Where none was named and there is none, or it has another model: the model alone."""
+    from e5v_search.backbones import Embedder
     from e5v_search.collection import Collection, Space
     from e5v_search.errors import CollectionNotFound
 
@@ -41,10 +43,10 @@ def _space(collection: str, choice: "ModelChoice") -> "Iterator[tuple[Space, Col
             if not unnamed:
                 raise
     if source is None:
-        yield Space(cache(choice.load)), None
+        yield Space(cache(lambda: Embedder.of(choice))), None
     else:
         with source:
-            if choice.name != "auto":
+            if (choice.name, choice.quantize, choice.tiles) != ("auto", None, "auto"):
                 source.embedder()  # a wrong one is refused even when stored vectors would do
             yield source.space, source
 
@@ -55,7 +57,7 @@ def _space(collection: str, choice: "ModelChoice") -> "Iterator[tuple[Space, Col
         "e5v-search ask --positive 'a wild animal' --negative 'a domestic animal' -c holidays -k 3",
         "e5v-search ask --positive snow --negative sand --where orientation=landscape --json",
         "e5v-search ask --positive snow --negative sand cat.jpg --prompts retrieval",
-        "e5v-search ask --positive snow --negative sand cat.jpg --model e5v-tiny --device cpu --dtype float32",
+        "e5v-search ask --positive snow --negative sand cat.jpg --model e5v-tiny --device cpu --dtype float32 --tiles full",
     )
 )
 @click.option("--positive", required=True, metavar="TEXT", help="What the picture should be.")
@@ -78,10 +80,7 @@ def ask(
     where: tuple[str, ...],
     prompts: str | None,
     collection: str,
-    model: str,
-    device: str,
-    dtype: str,
-    quantize: str | None,
+    choice: ModelChoice,
     as_json: bool,
 ) -> None:
     """Ask which picture is more one thing than another.
@@ -90,10 +89,10 @@ def ask(
     """
     if images and where:
         raise click.UsageError("--where chooses among the items of the collection: give it or images, not both")
-    from e5v_search.collection import Failure, ModelChoice
+    from e5v_search.collection import Failure
 
     failed: list[Failure] = []
-    with _space(collection, ModelChoice(model, device, dtype, quantize)) as (space, source):
+    with _space(collection, choice) as (space, source):
         if images:
             hits, failed = space.ask(positive, negative, images, prompts)
         elif source is not None:
@@ -117,7 +116,7 @@ def ask(
     epilog=examples(
         "e5v-search compare dog.jpg cat.jpg 'text:a dog' 'text:a cat'",
         "e5v-search compare 1 2 -c holidays --json",
-        "e5v-search compare dog.jpg cat.jpg --prompts cirr --model e5v-tiny --device cpu --dtype float32",
+        "e5v-search compare dog.jpg cat.jpg --prompts cirr --model e5v-tiny --device cpu --dtype float32 --tiles full",
     )
 )
 @click.argument("inputs", nargs=-1, required=True, metavar="FILE|ITEM_ID|text:TEXT...")
@@ -130,21 +129,17 @@ def compare(
     inputs: tuple[str, ...],
     prompts: str | None,
     collection: str,
-    model: str,
-    device: str,
-    dtype: str,
-    quantize: str | None,
+    choice: ModelChoice,
     as_json: bool,
 ) -> None:
     """Print the cosine of every two pictures and texts.
 
     A picture is a file or the id of an item of the collection; a text is written text:TEXT.
     """
-    from e5v_search.collection import ModelChoice
     from e5v_search.query import parse_input
 
     parsed = [parse_input(each) for each in inputs]
-    with _space(collection, ModelChoice(model, device, dtype, quantize)) as (space, _):
+    with _space(collection, choice) as (space, _):
         x = space.vectors(parsed, prompts)
         fingerprint = space.fingerprint
     cosines = (x @ x.T).clip(-1, 1)  # stored rows are of length 1 but for the rounding of half precision
@@ -169,7 +164,7 @@ def _label(argument: str) -> str:
         "e5v-search explain 'text:two dogs play in the snow' -k 5 --json",
         "e5v-search explain dog.jpg --modify 'make it a cat' --prompts cirr",
         "e5v-search explain 1 'text:a dog' -c holidays",
-        "e5v-search explain dog.jpg --model e5v-tiny --device cpu --dtype float32",
+        "e5v-search explain dog.jpg --model e5v-tiny --device cpu --dtype float32 --tiles full",
     )
 )
 @click.argument("given", metavar="FILE|ITEM_ID|text:TEXT")
@@ -188,10 +183,7 @@ def explain(
     k: int,
     prompts: str | None,
     collection: str,
-    model: str,
-    device: str,
-    dtype: str,
-    quantize: str | None,
+    choice: ModelChoice,
     as_json: bool,
 ) -> None:
     """Say an input in the model's own words.
@@ -201,13 +193,12 @@ def explain(
     """
     from dataclasses import asdict
 
-    from e5v_search.collection import ModelChoice
     from e5v_search.query import Input, parse_input
 
     parsed = [parse_input(each) for each in (given, other) if each is not None]
     if modify is not None:
         parsed[0] = Input(parsed[0].text, parsed[0].image, modify)
-    with _space(collection, ModelChoice(model, device, dtype, quantize)) as (space, _):
+    with _space(collection, choice) as (space, _):
         x = space.vectors(parsed, prompts)
         embedder = space.embedder()
         words = (embedder.nearest_words(x, k) if other is None else embedder.shared_words(x[0], x[1:], k))[0]

@@ -11,6 +11,7 @@ from e5v_search.cli.output import reserved
 from e5v_search.cli.printing import print_json, printable, shown_path
 from e5v_search.cli.progress import Progress
 from e5v_search.cli.rows import composed_job, embed_rows, image_job, text_job
+from e5v_search.config import ModelChoice
 
 
 @click.command(
@@ -18,7 +19,7 @@ from e5v_search.cli.rows import composed_job, embed_rows, image_job, text_job
         "e5v-search embed --texts captions.txt --out texts.npy",
         "e5v-search embed --images photos dog.jpg --out images.npy --json --quiet",
         "e5v-search embed --composed changes.jsonl --out changed.npy --prompts cirr",
-        "e5v-search embed --texts captions.txt --out texts.npy --model e5v-tiny --device cpu --dtype float32",
+        "e5v-search embed --texts captions.txt --out texts.npy --model e5v-tiny --device cpu --dtype float32 --tiles full",
     )
 )
 @click.option("--texts", type=click.Path(path_type=Path), metavar="FILE", help="A text a line, in UTF-8.")
@@ -47,10 +48,7 @@ def embed(
     more: tuple[Path, ...],
     out: Path,
     prompts: str | None,
-    model: str,
-    device: str,
-    dtype: str,
-    quantize: str | None,
+    choice: ModelChoice,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -74,7 +72,7 @@ def embed(
 
         from e5v_search.backbones import Embedder
 
-        embedder = Embedder.load(model, device=device, dtype=dtype, quantize=quantize)
+        embedder = Embedder.of(choice)
         with Progress("Embedding", "text" if job.kind == "text" else "photo", quiet) as progress:
             x = embed_rows(job, embedder, prompts, lambda done: progress.update(done, len(job.rows), len(job.failed)))
         save(lambda file: np.save(file, x))

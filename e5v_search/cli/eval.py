@@ -11,6 +11,7 @@ import click
 from e5v_search.cli.options import debug_option, examples, json_option, model_options, quiet_option
 from e5v_search.cli.printing import count, print_json, printable
 from e5v_search.cli.progress import Progress
+from e5v_search.config import ModelChoice
 from e5v_search.errors import E5VError, UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ _LISTED = 20  # pictures left out, on stderr
         "e5v-search eval folder --data photos --limit 2 --out first.json --json",
         "e5v-search eval folder --data photos --prompts last,prompt,retrieval --out prompts.json",
         "e5v-search eval folder --data photos --limit 2 --prompts prompt --out second.json --markdown",
-        "e5v-search eval scenes --limit 2 --prompts last,prompt,retrieval --model e5v-tiny",
+        "e5v-search eval scenes --limit 2 --prompts last,prompt,retrieval --model e5v-tiny --tiles base",
         "e5v-search eval --compare first.json second.json",
         "e5v-search eval folder --data photos --allow-missing --cache vectors --model e5v-tiny --device cpu --dtype float32 -q",
     ),
@@ -93,10 +94,7 @@ def evaluate(
     dataset: str | None,
     data: Path | None,
     revisions: tuple[str, ...],
-    model: str,
-    device: str,
-    dtype: str,
-    quantize: str | None,
+    choice: ModelChoice,
     prompts: str | None,
     limit: int | None,
     out: Path | None,
@@ -133,7 +131,7 @@ def evaluate(
     loaded = suite.read(dataset, data, limit, allow_missing, pinned)
     from e5v_search.backbones import Embedder
 
-    embedder = Embedder.load(model, device=device, dtype=dtype, quantize=quantize)
+    embedder = Embedder.of(choice)
     with Progress("Embedding", "input", quiet) as progress:
         reports = [
             suite.evaluate(

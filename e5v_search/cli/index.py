@@ -10,6 +10,7 @@ import click
 from e5v_search.cli.options import collection_option, debug_option, examples, json_option, model_options, quiet_option
 from e5v_search.cli.printing import count, print_failures, print_json, printable, warn
 from e5v_search.cli.progress import Progress
+from e5v_search.config import ModelChoice
 
 if TYPE_CHECKING:
     from e5v_search.collection import Report
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     epilog=examples(
         "e5v-search index photos",
         "e5v-search index",
-        "e5v-search index photos -c holidays --model e5v-tiny --device cpu --dtype float32",
+        "e5v-search index photos -c holidays --model e5v-tiny --device cpu --dtype float32 --tiles full",
         "e5v-search index photos dog.jpg --json --quiet",
         "e5v-search index captions.txt --kind text",
         "e5v-search index captions.txt --kind rendered -c holidays",
@@ -52,10 +53,7 @@ def index(
     kind: str | None,
     views: str | None,
     collection: str,
-    model: str,
-    device: str,
-    dtype: str,
-    quantize: str | None,
+    choice: ModelChoice,
     watch: bool,
     as_json: bool,
     quiet: bool,
@@ -71,9 +69,8 @@ def index(
     """
     if kind is not None and not paths:
         raise click.UsageError("--kind says what PATHS are: give some")
-    from e5v_search.collection import Collection, Follower, ModelChoice, canonical, check_first_run
+    from e5v_search.collection import Collection, Follower, canonical, check_first_run
 
-    choice = ModelChoice(model, device, dtype, quantize)
     wanted = [view.strip() for view in views.split(",")] if views else []
     named = [(path, kind or "image") for path in canonical(paths)]
     if named:

@@ -19,6 +19,7 @@ from e5v_search.cli.options import (
 from e5v_search.cli.output import reserved
 from e5v_search.cli.printing import count, print_failures, print_json, shown_path, size
 from e5v_search.cli.progress import Progress
+from e5v_search.config import ModelChoice
 
 if TYPE_CHECKING:
     from e5v_search.map import Map
@@ -33,7 +34,7 @@ _NOUNS = {"image": "photo", "text": "text", "rendered": "rendered text"}
         "e5v-search map --out map.html -c holidays --limit 500 --thumbnails 100 --json",
         "e5v-search map --out map.html --where 'orientation=landscape' --where kind=image",
         "e5v-search map --out map.html --method umap --quiet",
-        "e5v-search map --out last.html --prompts last --model e5v-tiny --device cpu --dtype float32",
+        "e5v-search map --out last.html --prompts last --model e5v-tiny --device cpu --dtype float32 --tiles full",
     ),
 )
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The page to write, HTML.")
@@ -75,10 +76,7 @@ def map_command(
     where: tuple[str, ...],
     limit: int | None,
     thumbnails: int,
-    model: str,
-    device: str,
-    dtype: str,
-    quantize: str | None,
+    choice: ModelChoice,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -87,14 +85,14 @@ def map_command(
     One HTML file with all that it shows inside it. Also tells how far photos, texts and rendered texts lie apart (the
     modality gap): the distance of their means, and how well a straight cut tells them apart.
     """
-    from e5v_search.collection import Collection, ModelChoice
+    from e5v_search.collection import Collection
     from e5v_search.map import draw_map
 
     start = time.monotonic()
     with (
         ExitStack() as stack,
         reserved(out) as save,
-        Collection.open(collection, ModelChoice(model, device, dtype, quantize), create=False) as source,
+        Collection.open(collection, choice, create=False) as source,
     ):
         bars: dict[str, Progress] = {}
 

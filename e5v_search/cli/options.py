@@ -1,14 +1,17 @@
 """Options that several commands share, worded once."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import click
 
+from e5v_search.config import ModelChoice
+
 DEBUG = "e5v_search.debug"
 DEFAULT_COLLECTION = "default"
 
-F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 
 
 def examples(*lines: str) -> str:
@@ -47,25 +50,44 @@ where_option = click.option(
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no warnings, no summary.")
 
 
-def model_options(command: F) -> F:
-    """--model, --device, --dtype and --quantize, in this order, as keywords `model`, `device`, `dtype`, `quantize`."""
-    for option in (
-        click.option("--quantize", type=click.Choice(["4bit", "8bit"]), help="Hold the weights in 4 or 8 bit (bitsandbytes)."),
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
-            default="auto",
-            show_default=True,
-            help="Number format of the weights.",
-        ),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps."),
-        click.option(
-            "--model",
-            default="auto",
-            show_default=True,
-            metavar="auto|NAME|ID|DIR",
-            help="The model: auto, a name from `e5v-search models`, a hub id owner/name, or a checkpoint folder.",
-        ),
-    ):
-        command = option(command)
-    return command
+_MODEL_OPTIONS = (
+    click.option(
+        "--model",
+        default="auto",
+        show_default=True,
+        metavar="auto|NAME|ID|DIR",
+        help="The model: auto, a name from `e5v-search models`, a hub id owner/name, or a checkpoint folder.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="Number format of the weights.",
+    ),
+    click.option(
+        "--quantize",
+        type=click.Choice(["4bit", "8bit", "int8"]),
+        help="Hold the weights in 4 or 8 bit (bitsandbytes), or compute in 8 (int8, on a processor).",
+    ),
+    click.option(
+        "--tiles",
+        default="auto",
+        show_default=True,
+        metavar="auto|full|base|N",
+        help="How much is read of a picture: all tiles (full), none but the small whole (base), or at most N besides it.",
+    ),
+)
+
+
+def model_options(command: Callable[..., R]) -> Callable[..., R]:
+    """--model, --device, --dtype, --quantize and --tiles, as one keyword: `choice`, a `ModelChoice`."""
+
+    @wraps(command)
+    def with_choice(*args: Any, model: str, device: str, dtype: str, quantize: str | None, tiles: str, **keywords: Any) -> R:
+        return command(*args, choice=ModelChoice(model, device, dtype, quantize, tiles), **keywords)
+
+    for option in reversed(_MODEL_OPTIONS):
+        with_choice = option(with_choice)
+    return with_choice

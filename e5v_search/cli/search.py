@@ -18,6 +18,7 @@ from e5v_search.cli.options import (
     where_option,
 )
 from e5v_search.cli.printing import draw_hits, open_best, print_csv, print_hits, print_json, print_paths, printable, save_sheet
+from e5v_search.config import ModelChoice
 
 if TYPE_CHECKING:
     from e5v_search.query import Query
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
         "e5v-search search a dog in the snow --thumbnails never --open",
         "e5v-search search a red car --paths -0 | xargs -0 ls -l",
         "e5v-search search a red car --csv -c holidays --prompts retrieval > found.csv",
-        "e5v-search search a red car --model e5v-tiny --device cpu --dtype float32 --allow-mismatch",
+        "e5v-search search a red car --model e5v-tiny --device cpu --dtype float32 --tiles full --allow-mismatch",
     )
 )
 @click.argument("text", nargs=-1)
@@ -95,10 +96,7 @@ def search(
     explain: bool,
     prompts: str | None,
     collection: str,
-    model: str,
-    device: str,
-    dtype: str,
-    quantize: str | None,
+    choice: ModelChoice,
     no_service: bool,
     allow_mismatch: bool,
 ) -> None:
@@ -129,12 +127,11 @@ def search(
     wanted: Wanted = {"k": k, "threshold": threshold, "keep_reference": keep_reference, "explain": explain}
     draw = None if as_json or as_csv or as_paths else thumbnails(mode, sys.stdout)
     hits, drawn = None, []
-    if not (no_service or allow_mismatch) and (model, device, dtype, quantize) == ("auto", "auto", "auto", None):
+    if not (no_service or allow_mismatch) and choice == ModelChoice():
         hits = client.ask(collection_path(collection), asked, **wanted)
     if hits is None or sheet is not None or draw:
-        from e5v_search.collection import Collection, ModelChoice
+        from e5v_search.collection import Collection
 
-        choice = ModelChoice(model, device, dtype, quantize)
         with Collection.open(collection, choice, create=False, allow_mismatch=allow_mismatch) as source:
             hits = source.answer(asked, **wanted) if hits is None else hits
             if sheet is not None:

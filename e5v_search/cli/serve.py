@@ -3,13 +3,14 @@
 import click
 
 from e5v_search.cli.options import collection_option, debug_option, examples, model_options
+from e5v_search.config import ModelChoice
 
 
 @click.command(
     epilog=examples(
         "e5v-search serve",
         "e5v-search serve -c holidays --port 0 --open",
-        "e5v-search serve --allow-index --model e5v-tiny --device cpu --dtype float32",
+        "e5v-search serve --allow-index --model e5v-tiny --device cpu --dtype float32 --tiles full",
         "e5v-search serve --host 0.0.0.0 --token a-token-that-nobody-guesses --allow-host photos.example",
     )
 )
@@ -34,20 +35,15 @@ def serve(
     names: tuple[str, ...],
     allow_index: bool,
     open_it: bool,
-    model: str,
-    device: str,
-    dtype: str,
-    quantize: str | None,
+    choice: ModelChoice,
 ) -> None:
     """Serve a collection as a page and an HTTP API.
 
     Prints the address once it answers and goes on until Ctrl-C or SIGTERM. Meanwhile `search` asks it instead of loading
     the model itself. What is indexed meanwhile is in the results.
     """
-    from e5v_search.collection import ModelChoice
     from e5v_search.web.server import Server
 
-    choice = ModelChoice(model, device, dtype, quantize)
     server = Server(collection, choice, host=host, port=port, token=token, names=names, allow_index=allow_index)
 
     def up() -> None:

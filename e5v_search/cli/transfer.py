@@ -68,10 +68,10 @@ def import_(folder: Path, collection: str, model: str | None, as_json: bool) -> 
     FOLDER holds vectors.npy and, if there is more to say of its rows, items.parquet or items.jsonl: an export, or what
     another program wrote. The collection must be new or empty.
     """
-    from e5v_search.collection import ModelChoice
+    from e5v_search.backbones import Embedder
     from e5v_search.collection.importing import import_folder
 
-    done = import_folder(folder, collection, None if model is None else ModelChoice(model).load())
+    done = import_folder(folder, collection, None if model is None else Embedder.load(model))
     if as_json:
         print_json(done.to_json())
         return

@@ -1,6 +1,6 @@
 """Ingest, search, rebuild, verify: the only place where catalog meets index."""
 
-from e5v_search.collection.core import Collection, ModelChoice, check_first_run
+from e5v_search.collection.core import Collection, check_first_run
 from e5v_search.collection.report import Failure, Report
 from e5v_search.collection.sources import canonical
 from e5v_search.collection.space import Space
@@ -13,7 +13,6 @@ __all__ = [
     "Follower",
     "Hit",
     "Hits",
-    "ModelChoice",
     "Report",
     "Space",
     "canonical",

@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from e5v_search.collection.ingest import Ingest
 from e5v_search.collection.report import Report
 from e5v_search.collection.sources import canonical, check_sources, ingest_all
 from e5v_search.collection.space import Space
-from e5v_search.config import collection_path
+from e5v_search.config import ModelChoice, collection_path
 from e5v_search.embedder import Embedder, Picture
 from e5v_search.errors import (
     CollectionBusy,
@@ -41,33 +41,16 @@ _SYNC_AFTER = 20_000  # vectors that a search during a long run may have to fetc
 UNKNOWN_MODEL = "unknown"  # the fingerprint of vectors that were imported without one
 
 
-@dataclass(frozen=True)
-class ModelChoice:
-    """A model that is loaded only when something must be embedded."""
-
-    name: str = "auto"
-    device: str = "auto"
-    dtype: str = "auto"
-    quantize: str | None = None
-
-    def check(self) -> None:
-        """Raises UnknownModel, or another ModelError, if no such model is to be had."""
-        if self.name != "auto":
-            from e5v_search.backbones import registry  # which knows torch
-
-            registry.resolve(self.name)
-
-    def load(self) -> Embedder:
-        return backbones.Embedder.load(self.name, device=self.device, dtype=self.dtype, quantize=self.quantize)
-
-
 def check_first_run(
     place: str | os.PathLike[str], sources: Sequence[tuple[str, str]], views: Iterable[str], choice: ModelChoice
 ) -> None:
     """Refuse what `ingest_sources` would refuse, before an empty collection is made of it. Does nothing where there is one."""
     if not (collection_path(place) / CATALOG).exists():
         check_sources(sources, views, lambda path: False)
-        choice.check()
+        if choice.name != "auto":
+            from e5v_search.backbones import registry  # which knows torch
+
+            registry.resolve(choice.name)
 
 
 class Collection:
@@ -143,24 +126,26 @@ class Collection:
                 )
             if self._embedder is None:
                 assert self._choice is not None
-                embedder = self._resolve(self._choice).load()
+                embedder = backbones.Embedder.of(self._resolve(self._choice))
                 self._check_fingerprint(embedder)
                 self._embedder = embedder
             return self._embedder
 
     def _resolve(self, choice: ModelChoice) -> ModelChoice:
-        """`auto` on a collection that has a model means that model."""
+        """`auto` on a collection that has a model means that model, as it was."""
         made_by = self._made_by
-        if choice.name != "auto" or made_by is None:
+        if made_by is None or choice.name not in ("auto", made_by["name"]):
             return choice
-        return ModelChoice(made_by["name"], choice.device, choice.dtype, choice.quantize or made_by["quantize"])
+        quantize = choice.quantize or (made_by["quantize"] if choice.name == "auto" else None)
+        tiles = made_by.get("tiles", "auto") if choice.tiles == "auto" else choice.tiles
+        return replace(choice, name=made_by["name"], quantize=quantize, tiles=tiles)
 
     def _check_fingerprint(self, embedder: Embedder) -> None:
         if self._bound not in (None, embedder.fingerprint) and not self._allow_mismatch:
             raise FingerprintMismatch(
                 f"collection {self.path} was made by {self._bound}, but the model here is {embedder.fingerprint}: their "
-                "vectors do not compare. Leave --model away to use the collection's own, take another collection with -c, "
-                "or, for a search, insist with --allow-mismatch"
+                "vectors do not compare. Leave --model, --quantize and --tiles away to use the collection's own, take another "
+                "collection with -c, or, for a search, insist with --allow-mismatch"
             )
 
     # writing
@@ -286,9 +271,10 @@ class Collection:
     def _refuse_another_model(self) -> None:
         """A wrong --model is refused even when nothing needs embedding."""
         made_by, choice = self._made_by, self._choice
-        if made_by is None or choice is None or choice.name == "auto":
+        if made_by is None or choice is None:
             return
-        if (choice.name, choice.quantize) != (made_by["name"], made_by["quantize"]):
+        wanted = self._resolve(choice)
+        if (wanted.name, wanted.quantize, wanted.tiles) != (made_by["name"], made_by["quantize"], made_by.get("tiles", "auto")):
             self.embedder()
 
     def forget(self, paths: Sequence[str | os.PathLike[str]]) -> int:

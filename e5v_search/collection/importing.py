@@ -75,7 +75,7 @@ class _Source:
         self.model: dict[str, Any] = description.get("model", {"name": UNKNOWN_MODEL, "quantize": None})
         if embedder is not None and self.fingerprint == UNKNOWN_MODEL:
             self.fingerprint = embedder.fingerprint
-            self.model = {"name": embedder.name, "quantize": embedder.quantize}
+            self.model = embedder.recalled_by
             self._check_dim(embedder.dim, f"the vectors of {embedder.fingerprint}")
         if "dim" in description:
             self._check_dim(description["dim"], f"the description of {folder}")

@@ -147,7 +147,7 @@ class Ingest:
         """For each input its vectors in the views `of`, or why there are none."""
         embedder = self.embedder()
         if self.catalog.fingerprint is None:
-            self.catalog.bind(embedder.fingerprint, embedder.dim, {"name": embedder.name, "quantize": embedder.quantize})
+            self.catalog.bind(embedder.fingerprint, embedder.dim, embedder.recalled_by)
         if not self._begun:  # also after a run that was killed right behind its bind
             self._on_commit(0)  # the index is there before the first vector: missing later, it was lost
             self._begun = True

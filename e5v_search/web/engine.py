@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from e5v_search.catalog import CATALOG
-from e5v_search.collection import Collection, Hits, ModelChoice
+from e5v_search.collection import Collection, Hits
 from e5v_search.collection.asking import Ask
+from e5v_search.config import ModelChoice
 from e5v_search.embedder import Embedder
 from e5v_search.errors import CollectionNotFound, E5VError
 from e5v_search.web.metrics import Metrics

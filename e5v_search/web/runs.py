@@ -4,7 +4,8 @@ import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from e5v_search.collection import Collection, ModelChoice, Report
+from e5v_search.collection import Collection, Report
+from e5v_search.config import ModelChoice
 from e5v_search.errors import CollectionBusy, E5VError, UsageError
 from e5v_search.web.engine import Engine
 

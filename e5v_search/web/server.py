@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import uvicorn
 
-from e5v_search.collection import Collection, ModelChoice
-from e5v_search.config import collection_path
+from e5v_search.collection import Collection
+from e5v_search.config import ModelChoice, collection_path
 from e5v_search.errors import UsageError
 from e5v_search.web.app import create_app
 from e5v_search.web.local import listening

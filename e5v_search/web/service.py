@@ -10,8 +10,9 @@ import numpy as np
 
 from e5v_search import filters
 from e5v_search.catalog import Catalog, Item, Overview
-from e5v_search.collection import Collection, ModelChoice
+from e5v_search.collection import Collection
 from e5v_search.collection.asking import Ask
+from e5v_search.config import ModelChoice
 from e5v_search.web.engine import Engine
 from e5v_search.web.memory import Answers
 from e5v_search.web.metrics import Metrics

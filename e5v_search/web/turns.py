@@ -64,7 +64,8 @@ class InTurn(Embedder):
     """A model that several threads share, called by one at a time."""
 
     def __init__(self, embedder: Embedder, turns: Turns, urgent: bool) -> None:
-        self.name, self.dim, self.quantize, self.made_by = embedder.name, embedder.dim, embedder.quantize, embedder.made_by
+        self.name, self.dim, self.made_by = embedder.name, embedder.dim, embedder.made_by
+        self.quantize, self.tiles = embedder.quantize, embedder.tiles
         self._embedder, self._turns, self._urgent = embedder, turns, urgent
 
     def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray:
