@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from e5v_search.backbones import Embedder
-    from e5v_search.collection import Collection, Hit, Hits, ModelChoice, Report
+    from e5v_search.collection import Collection, Hit, Hits, Report
+    from e5v_search.config import ModelChoice
 
 __version__ = "0.1.0"
 __all__ = ["Collection", "Embedder", "Hit", "Hits", "ModelChoice", "Report"]
@@ -19,4 +20,5 @@ __all__ = ["Collection", "Embedder", "Hit", "Hits", "ModelChoice", "Report"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("e5v_search.backbones" if name == "Embedder" else "e5v_search.collection"), name)
+    home = {"Embedder": "backbones", "ModelChoice": "config"}.get(name, "collection")
+    return getattr(import_module(f"e5v_search.{home}"), name)

@@ -452,8 +452,8 @@ def test_another_model_is_refused_with_both_named(copied: Path, tmp_path: Path) 
     assert len(result.stdout.splitlines()) == 5
 
 
-def test_a_collection_with_fewer_tiles_finds_its_setting_and_refuses_others(photos: Path, home: Path) -> None:
-    assert run("index", photos, "-c", "quick", "--tiles", "base").exit_code == 0
+def test_a_collection_with_fewer_tiles_finds_its_setting_and_refuses_others(copied: Path, library: Path) -> None:
+    assert run("index", library / "photos", "-c", "quick", "--tiles", "base").exit_code == 0
     found = json.loads(run("search", "a dog", "-c", "quick", "--json").stdout)
     assert "/base/float" in found["fingerprint"]
     assert len(found["hits"]) == 5

@@ -15,7 +15,7 @@ from command_line import write_photos
 from e5v_search import Collection, Embedder, Report
 from e5v_search.backbones.llava_next import LlavaNextEmbedder
 from e5v_search.collection import check_first_run, ingest
-from e5v_search.collection.core import ModelChoice
+from e5v_search.config import ModelChoice
 from e5v_search.errors import UnknownModel, UnreadableFile, UsageError
 from e5v_search.render import render
 

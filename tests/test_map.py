@@ -18,7 +18,7 @@ from PIL import Image
 
 from e5v_search import Collection, Embedder
 from e5v_search.catalog import VIEW, Catalog, Item, Put
-from e5v_search.collection import ModelChoice
+from e5v_search.config import ModelChoice
 from e5v_search.errors import MissingPackage, UsageError
 from e5v_search.map import draw_map
 from e5v_search.map.page import page, thumbnails

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlite_utils import Database
 
 from e5v_search.catalog import writing
 from e5v_search.catalog.checks import problems
-from e5v_search.catalog.connection import damaged, guarded, now, to_sql, transaction
+from e5v_search.catalog.connection import Database, damaged, guarded, now, to_sql, transaction
 from e5v_search.catalog.files import BLOCK, Files
 from e5v_search.catalog.overview import ROWS, Overview
 from e5v_search.catalog.records import KINDS, VIEW, Corpus, Failed, FileRow, Item, Put

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import numpy as np
-from sqlite_utils import Database
 
+from e5v_search.catalog.connection import Database
 from e5v_search.catalog.records import VIEW
 
 _NORM_TOLERANCE = 0.01  # a float16 row of 4,096 numbers has length 1 to about 1e-3

@@ -4,14 +4,31 @@ import json
 import os
 import shutil
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlite_utils import Database
-
 from e5v_search.errors import CatalogDamaged, CollectionBusy, CollectionError, CollectionReadOnly, disk_full, read_only
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Let imports of a module that is not loaded yet fail, as if it were not installed."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+# it would load pandas wherever that is installed, to name one type of it: a fifth of a second for every command
+with _without("pandas"):
+    from sqlite_utils import Database as Database
 
 BUSY_SECONDS = 20.0
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_MISMATCH}

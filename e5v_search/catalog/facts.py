@@ -5,9 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from sqlite_utils import Database
-
-from e5v_search.catalog.connection import to_sql
+from e5v_search.catalog.connection import Database, to_sql
 
 _INSERT = "INSERT OR IGNORE INTO facts (name, value, item_id) VALUES (CAST(? AS TEXT), {}, ?)"
 _TEXT, _NUMBER = _INSERT.format("CAST(? AS TEXT)"), _INSERT.format("?")

@@ -6,9 +6,7 @@ wholly there and recorded, or neither.
 
 from collections.abc import Callable
 
-from sqlite_utils import Database
-
-from e5v_search.catalog.connection import now, transaction
+from e5v_search.catalog.connection import Database, now, transaction
 from e5v_search.catalog.facts import write_facts
 from e5v_search.catalog.where import FOLDER
 

@@ -5,9 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlite_utils import Database
-
-from e5v_search.catalog.connection import to_sql, transaction
+from e5v_search.catalog.connection import Database, to_sql, transaction
 
 _CHUNK = 500
 _HERE = (

@@ -9,10 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlite_utils import Database
-
 from e5v_search.catalog import connection
-from e5v_search.catalog.connection import damaged, guarded, transaction
+from e5v_search.catalog.connection import Database, damaged, guarded, transaction
 from e5v_search.catalog.migrations import migrate, newest, schema_version
 from e5v_search.catalog.records import VIEW
 from e5v_search.errors import CollectionError, CollectionNotFound, FingerprintMismatch, SchemaTooNew, from_os_error

@@ -13,9 +13,8 @@ from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 import numpy as np
-from sqlite_utils import Database
 
-from e5v_search.catalog.connection import to_sql
+from e5v_search.catalog.connection import Database, to_sql
 from e5v_search.filters import CHOICES, EVERYTHING, And, Choice, Compare, Fact, Filter, Has, Match, Near, Not, Or, box, distance
 
 Row = tuple[Any, ...]

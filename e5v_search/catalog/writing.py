@@ -5,9 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from sqlite_utils import Database
 
-from e5v_search.catalog.connection import now, to_sql
+from e5v_search.catalog.connection import Database, now, to_sql
 from e5v_search.catalog.facts import write_facts
 from e5v_search.catalog.records import VIEW, Corpus, Failed, FileRow, Put
 from e5v_search.errors import CollectionError
