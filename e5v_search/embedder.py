@@ -84,8 +84,19 @@ class Embedder(Protocol):
         """`normalise=False`: rows as the model gives them, for sums that are normalised afterwards (FashionIQ's protocol)."""
 
     @abstractmethod
-    def prepare(self, image: Image.Image) -> Any:
-        """The part of an upright RGB picture's work that needs no device: called from many threads, ahead of the model."""
+    def open(self, picture: Picture) -> Any:
+        """A picture in any form, prepared; it need not be decoded whole. Raises MediaError."""
+
+    @abstractmethod
+    def enough(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The least (height, width) at which an upright picture of `size` serves `prepare` as well as at its own."""
+
+    @abstractmethod
+    def prepare(self, image: Image.Image, size: tuple[int, int] | None = None) -> Any:
+        """The part of an upright RGB picture's work that needs no device: called from many threads, ahead of the model.
+
+        `size` is the (height, width) of the picture that `image` is a reduction of.
+        """
 
     @abstractmethod
     def embed_prepared(self, prepared: Sequence[Any], prompts: str = "retrieval") -> np.ndarray: ...

@@ -27,7 +27,7 @@ class Literal(Embedder):
         return unit(np.array([numbers(text) for text in texts]))
 
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
-        return self.embed_prepared([self.prepare(media.open_picture(image)) for image in images], prompts)
+        return self.embed_prepared([self.open(image) for image in images], prompts)
 
     def embed_composed(
         self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr", *, normalise: bool = True
@@ -37,7 +37,13 @@ class Literal(Embedder):
         raw = np.array([2 * part[0] + part[-1] for part in parts])
         return unit(raw) if normalise else raw.astype(np.float32)
 
-    def prepare(self, image: Image.Image) -> Image.Image:
+    def open(self, picture: Picture) -> Image.Image:
+        return media.open_picture(picture)
+
+    def enough(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size
+
+    def prepare(self, image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
         return image
 
     def embed_prepared(self, prepared: Sequence[Any], prompts: str = "retrieval") -> np.ndarray:

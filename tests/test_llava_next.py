@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from e5v_search import Collection, media
 from e5v_search.backbones import Embedder
 from e5v_search.backbones.llava_next import LlavaNextEmbedder
 from e5v_search.backbones.registry import E5V, KNOWN
@@ -402,3 +403,27 @@ def test_bad_options(folders: dict[str, tuple[Path, Path]], option: str, value: 
 def test_device_that_is_not_there(folders: dict[str, tuple[Path, Path]]) -> None:
     with pytest.raises(ModelError, match="device 'cuda:7' cannot be used"):
         Embedder.load(str(folders["llama"][0]), device="cuda:7")
+
+
+def test_a_large_jpeg_gives_nearly_what_it_gives_decoded_whole(tmp_path: Path) -> None:
+    embedder = Embedder.load("e5v-tiny", device="cpu", dtype="float32")
+    paths = []
+    for name, size in (("coffee", (2400, 1601)), ("cat", (1201, 1805)), ("raccoon", (640, 480))):
+        with Image.open(Path(media.__file__).parent.parent / f"samples/{name}.jpg") as photo:
+            paths.append(tmp_path / f"{name}.jpg")
+            photo.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(paths[-1], quality=92)
+    whole = [media.open_picture(path) for path in paths]
+    x, expected = embedder.embed_images(paths), embedder.embed_images(whole)
+    assert cosines(x, expected)[:2].min() > 0.999
+    assert (x[:2] != expected[:2]).any(axis=1).all()  # they were reduced
+    np.testing.assert_array_equal(x[2], expected[2])
+    for path, picture in zip(paths, whole, strict=True):
+        ready, plain = embedder.open(path), embedder.prepare(picture)
+        assert (ready.size, ready.grid) == (plain.size, plain.grid) == ((picture.height, picture.width), plain.grid)
+    pairs = [(path, "make it red") for path in paths]
+    changed = embedder.embed_composed([(picture, "make it red") for picture in whole])
+    assert cosines(embedder.embed_composed(pairs), changed).min() > 0.999
+    with Collection.open(tmp_path / "c", embedder) as c:
+        c.ingest(paths)
+        stored = np.concatenate([vectors for _, vectors in c.catalog.vectors()]).astype(np.float32)
+    assert (stored @ x.T).max(axis=1).min() > 0.9999

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import BLACK, BLUE, GREEN, RED, encoded, photo, quarters
-from PIL import Image
+from PIL import ExifTags, Image
 
 from e5v_search import media
 from e5v_search.errors import NotAPicture, PictureTooLarge, UnreadableFile
@@ -371,3 +372,46 @@ def test_the_sample_photos_are_small_and_each_has_its_licence() -> None:
     assert sum(path.stat().st_size for path in samples.values()) < 1_500_000
     for path in samples.values():
         assert max(media.read_photo(path).image.size) <= 640
+
+
+# less than the whole, where that is enough
+
+
+@given(
+    height=st.integers(1, 900),
+    width=st.integers(1, 900),
+    least=st.tuples(st.integers(1, 500), st.integers(1, 500)),
+    orientation=st.integers(1, 8),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_jpeg_is_decoded_no_smaller_than_is_enough(height: int, width: int, least: tuple[int, int], orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encoded(Image.new("RGB", (width, height), (90, 120, 30)), "JPEG", exif=exif)
+    whole = media.open_photo(data)
+    asked: list[tuple[int, int]] = []
+
+    def enough(size: tuple[int, int]) -> tuple[int, int]:
+        asked.append(size)
+        return least
+
+    got = media.open_photo(data, enough=enough)
+    assert got.facts == whole.facts
+    assert asked == [whole.facts.size] == [(whole.image.height, whole.image.width)]
+    for side, all_of_it, needed in zip((got.image.height, got.image.width), whole.facts.size, least, strict=True):
+        assert side >= min(needed, all_of_it)
+        assert side in {math.ceil(all_of_it / scale) for scale in (1, 2, 4, 8)}
+    if all(of >= 8 * needed for of, needed in zip(whole.facts.size, least, strict=True)):
+        assert got.image.height == math.ceil(height / 8) or got.image.height == math.ceil(width / 8)
+
+
+def test_a_reduced_jpeg_shows_the_same_and_other_formats_stay_whole(tmp_path: Path) -> None:
+    with Image.open(Path(media.__file__).parent.parent / "samples/coffee.jpg") as sample:
+        large = sample.convert("RGB").resize((2400, 1600), Image.Resampling.BICUBIC)
+    for name, size in (("x.jpg", (600, 400)), ("x.png", (2400, 1600))):
+        large.save(tmp_path / name)
+        got, facts = media.decode(tmp_path / name, enough=lambda _: (400, 600))
+        assert (got.size, facts.size) == (size, (1600, 2400))
+    got, _ = media.decode(tmp_path / "x.jpg", enough=lambda _: (400, 600))
+    expected = np.asarray(large.resize((600, 400), Image.Resampling.BOX), dtype=float)
+    assert np.abs(np.asarray(got, dtype=float) - expected).mean() < 1.5

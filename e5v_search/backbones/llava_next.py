@@ -22,7 +22,7 @@ from e5v_search.backbones.config import LlavaNextConfig
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.prefix import Beginning, Key, PrefixMemory, default_limit, digest
 from e5v_search.backbones.prompt_encoder import PromptEncoder
-from e5v_search.backbones.tiles import Tiles, TileSpec, cut, token_count
+from e5v_search.backbones.tiles import Size, Tiles, TileSpec, cut, enough, token_count
 from e5v_search.backbones.vocabulary import Vocabulary
 from e5v_search.config import ModelChoice
 from e5v_search.embedder import Fingerprint, Picture, Word
@@ -123,7 +123,7 @@ class LlavaNextEmbedder(Embedder):
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
         """Pictures (paths, encoded bytes or PIL images) -> (n, dim), read ahead in threads. MediaError names the picture."""
         [ids] = self.encoder.encode(load_prompts(prompts).get("image"), [""])
-        return self._embed_plain(self._image_row(ids, tiles, i) for i, tiles in enumerate(ahead(self._open, images)))
+        return self._embed_plain(self._image_row(ids, tiles, i) for i, tiles in enumerate(ahead(self.open, images)))
 
     def embed_composed(
         self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr", *, normalise: bool = True
@@ -143,9 +143,12 @@ class LlavaNextEmbedder(Embedder):
         x = self._embed_continued(rows, WINDOW, self.memory)
         return unit(x) if normalise else x
 
-    def prepare(self, image: Image.Image) -> Tiles:
-        """An upright RGB picture -> tiles. Called from many threads, ahead of the model."""
-        return cut(image, self.spec)
+    def enough(self, size: Size) -> Size:
+        return enough(size, self.spec)
+
+    def prepare(self, image: Image.Image, size: Size | None = None) -> Tiles:
+        """An upright RGB picture, or a reduction of one of `size`, -> tiles. Called from many threads, ahead of the model."""
+        return cut(image, self.spec, size)
 
     def embed_prepared(self, prepared: Sequence[Tiles], prompts: str = "retrieval") -> np.ndarray:
         [ids] = self.encoder.encode(load_prompts(prompts).get("image"), [""])
@@ -178,8 +181,11 @@ class LlavaNextEmbedder(Embedder):
 
     # how it goes in
 
-    def _open(self, picture: Picture) -> Tiles:
-        return self.prepare(media.open_picture(picture))
+    def open(self, picture: Picture) -> Tiles:
+        if isinstance(picture, Image.Image):
+            return self.prepare(media.open_picture(picture))
+        photo = media.open_photo(picture, enough=self.enough)
+        return self.prepare(photo.image, photo.facts.size)
 
     def _image_row(self, ids: list[int], tiles: Tiles, index: int) -> Row:
         return Row(ids, tiles, self._fits(len(ids) - 1 + token_count(tiles.size, self.spec), index))
@@ -191,10 +197,10 @@ class LlavaNextEmbedder(Embedder):
         if known is not None and (prefix := self.memory.get(Key(known, head))) is not None:
             return Beginning(Key(known, head), prefix.shape[3], prefix=prefix)
         if isinstance(picture, Image.Image):
-            tiles = self.prepare(media.open_picture(picture))
+            tiles = self.open(picture)
             return self._beginning(digest(tiles), head, tiles)
-        photo = media.open_photo(picture)
-        tiles = self.prepare(photo.image)
+        photo = media.open_photo(picture, enough=self.enough)
+        tiles = self.prepare(photo.image, photo.facts.size)
         seen = digest(tiles)
         self.memory.name_picture(photo.content_hash, seen)
         return self._beginning(seen, head, tiles)

@@ -1,5 +1,6 @@
 """Pictures as CLIP and SigLIP take them: resized, cropped in the middle; the pixels of transformers' PIL processors."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from e5v_search.backbones import checkpoint
-from e5v_search.backbones.tiles import Size
+from e5v_search.backbones.tiles import MARGIN, Size
 from e5v_search.errors import IncompleteCheckpoint, ModelError
 
 _LONGEST = 128  # times the shorter edge: what is longer is not resized as a whole
@@ -50,6 +51,13 @@ class Pixels:
         mean, std = (torch.tensor(settings[values]).float().view(3, 1, 1) for values in ("image_mean", "image_std"))
         resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
         return cls(side, edge, resample, settings.get("rescale_factor", 1 / 255), mean, std)
+
+    def enough(self, size: Size) -> Size:
+        """The least size that a picture of `size` may be reduced to beforehand."""
+        if self.edge is None:
+            return MARGIN * self.side, MARGIN * self.side
+        scale = MARGIN * self.edge / min(size)
+        return math.ceil(size[0] * scale), math.ceil(size[1] * scale)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """-> (3, side, side) uint8"""

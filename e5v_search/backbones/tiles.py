@@ -14,6 +14,7 @@ from PIL import Image
 from e5v_search.errors import UsageError
 
 Size = tuple[int, int]  # (height, width) in pixels
+MARGIN = 2  # times what is left of a picture, so that resizing has something to average over
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,15 @@ def token_count(size: Size, spec: TileSpec) -> int:
     return spec.side**2 + kept
 
 
-def cut(image: Image.Image, spec: TileSpec) -> Tiles:
-    """Prepare an upright RGB picture."""
-    size = (image.height, image.width)
+def enough(size: Size, spec: TileSpec) -> Size:
+    """The least size that a picture of `size` may be reduced to beforehand: resized from there, it loses next to nothing."""
+    inner = fit(size, best_resolution(size, spec.pinpoints)) if spec.pinpoints else (0, 0)
+    return MARGIN * max(inner[0], spec.tile), MARGIN * max(inner[1], spec.tile)
+
+
+def cut(image: Image.Image, spec: TileSpec, size: Size | None = None) -> Tiles:
+    """Prepare an upright RGB picture, or a reduction of one of `size`."""
+    size = size or (image.height, image.width)
     base = np.asarray(image.resize((spec.tile, spec.tile), spec.resample)).transpose(2, 0, 1)[None]
     if not spec.pinpoints:
         return Tiles(np.ascontiguousarray(base), size, (0, 0))

@@ -24,6 +24,7 @@ from e5v_search.backbones import Embedder, checkpoint, registry
 from e5v_search.backbones.batches import Batches, unit
 from e5v_search.backbones.pixels import Pixels
 from e5v_search.backbones.prompt_encoder import load_tokenizer
+from e5v_search.backbones.tiles import Size
 from e5v_search.config import ModelChoice
 from e5v_search.embedder import NO_PROMPTS, Fingerprint, Picture, Word
 from e5v_search.errors import IncompleteCheckpoint, ModelError, UsageError
@@ -58,7 +59,7 @@ class TwoTowers(Embedder):
 
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
         """Pictures (paths, encoded bytes or PIL images) -> (n, dim), read ahead in threads. MediaError names the picture."""
-        return self._embed_pixels(ahead(lambda picture: self.prepare(media.open_picture(picture)), images))
+        return self._embed_pixels(ahead(self.open, images))
 
     def embed_composed(
         self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr", *, normalise: bool = True
@@ -67,7 +68,15 @@ class TwoTowers(Embedder):
         x = self.embed_images([picture for picture, _ in pairs]) + self.embed_texts([text for _, text in pairs])
         return unit(x) if normalise else x
 
-    def prepare(self, image: Image.Image) -> np.ndarray:
+    def open(self, picture: Picture) -> np.ndarray:
+        if isinstance(picture, Image.Image):
+            return self.prepare(media.open_picture(picture))
+        return self.prepare(media.open_photo(picture, enough=self.enough).image)
+
+    def enough(self, size: Size) -> Size:
+        return self.pixels.enough(size)
+
+    def prepare(self, image: Image.Image, size: Size | None = None) -> np.ndarray:
         """An upright RGB picture -> (3, height, width) uint8, as the tower takes it. Called from many threads."""
         return self.pixels(image)
 

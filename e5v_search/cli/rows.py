@@ -128,5 +128,12 @@ def _stages(kind: str, embedder: "Embedder", prompts: str) -> tuple[Callable[[Ro
     if kind == "text":
         return lambda row: row.text, lambda texts: embedder.embed_texts(texts, prompts)
     if kind == "image":
-        return lambda row: embedder.prepare(decode(row.image)[0]), lambda ready: embedder.embed_prepared(ready, prompts)
+        return lambda row: _prepared(row.image, embedder), lambda ready: embedder.embed_prepared(ready, prompts)
     return lambda row: (decode(row.image)[0], row.text), lambda pairs: embedder.embed_composed(pairs, prompts)
+
+
+def _prepared(path: str, embedder: "Embedder") -> Any:
+    from e5v_search.media import decode
+
+    image, facts = decode(path, enough=embedder.enough)
+    return embedder.prepare(image, facts.size)

@@ -83,16 +83,18 @@ class Completion:
                         self._done(1)
 
     def _prepare(self, item: Item) -> _Prepared:
-        prepare = self._ingest.embedder().prepare
+        embedder = self._ingest.embedder()
         try:
             if item.kind == "image":
                 assert item.path is not None
                 if not os.path.lexists(item.path):
                     return _Prepared(item)
-                photo = media.read_photo(item.path)
-                return _Prepared(item, prepare(photo.image) if photo.content_hash == item.content_hash else None)
+                photo = media.read_photo(item.path, enough=embedder.enough)
+                if photo.content_hash != item.content_hash:
+                    return _Prepared(item)
+                return _Prepared(item, embedder.prepare(photo.image, photo.facts.size))
             assert item.text is not None
-            return _Prepared(item, item.text if item.kind == "text" else prepare(render(item.text)))
+            return _Prepared(item, item.text if item.kind == "text" else embedder.prepare(render(item.text)))
         except MediaError as error:
             return _Prepared(item, problem=str(error))
 

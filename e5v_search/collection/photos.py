@@ -89,12 +89,12 @@ class Photos:
     def _decode(self, job: Job) -> Job:
         assert job.put.path is not None
         try:
-            image, facts = media.decode(job.put.path)
+            image, facts = media.decode(job.put.path, enough=self._ingest.embedder().enough)
         except MediaError as error:
             job.problem = str(error)
         else:
             job.put = replace(job.put, **facts.to_dict())
-            job.prepared = self._ingest.embedder().prepare(image)
+            job.prepared = self._ingest.embedder().prepare(image, facts.size)
         return job
 
     def _forget_vanished(self) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from e5v_search import media
 from e5v_search.embedder import Embedder, embed_each
 from e5v_search.errors import MediaError, ModelError
 from e5v_search.evaluation.cache import VectorFile
@@ -54,7 +53,7 @@ class Vectors:
 
         def prepared(i: int) -> Any:
             try:
-                return self.embedder.prepare(media.open_picture(sources[i].picture()))
+                return self.embedder.open(sources[i].picture())
             except MediaError as error:
                 bad[i] = str(error)
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from e5v_search import media
 from e5v_search.catalog import KINDS, VIEW, Item
@@ -95,7 +94,10 @@ def _embedded(
 
     def prepared(item: Item) -> tuple[Item, Any]:
         try:
-            return item, embedder.prepare(_picture(item))
+            if item.kind == "rendered":
+                return item, embedder.prepare(render(item.text or ""))
+            image, facts = media.decode(item.path or "", enough=embedder.enough)
+            return item, embedder.prepare(image, facts.size)
         except MediaError as error:
             return item, Failure(":".join(filter(None, (item.path, item.part))), str(error))
 
@@ -107,9 +109,3 @@ def _embedded(
     for texts in windows([item for item in items if item.kind == "text"], _TEXTS):
         take(texts, embedder.embed_texts([item.text or "" for item in texts], prompts))
     return {item.id: vectors[item.id] for item in items if item.id in vectors}, failed
-
-
-def _picture(item: Item) -> Image.Image:
-    if item.kind == "rendered":
-        return render(item.text or "")
-    return media.decode(item.path or "")[0]

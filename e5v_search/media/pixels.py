@@ -24,6 +24,11 @@ def upright(image: Image.Image) -> Image.Image:
     return _to_rgb(_turn(image))
 
 
+def on_its_side(image: Image.Image) -> bool:
+    """Whether `upright` will exchange height and width."""
+    return read_orientation(image) >= 5
+
+
 def _turn(image: Image.Image) -> Image.Image:
     """A new picture that no longer says that it needs turning, or `image` itself when it is upright."""
     method = _TURNS.get(read_orientation(image))
