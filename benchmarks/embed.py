@@ -5,16 +5,15 @@
 Sizes 100m and 8b hold seeded random weights (benchmarks/models.py), tiny is e5v-tiny. The published loop
 (benchmarks/published.py) runs at batch 1 and at the best of --batches, ours as `Embedder` does it, also with int8 on a
 processor, and sentence-transformers on texts with the same weights where it is installed. Every round runs all of them, one
-after the other; a ratio is the median of the ratios within a round. Processor seconds stand beside seconds, as a
-machine may be busy with other things. Memory is that of a process of its own for each. Written to results/embed-SIZE.json.
+after the other, each in a process of its own; a ratio is the median of the ratios within a round. Processor seconds stand
+beside seconds, as a machine may be busy with other things. Written to results/embed-SIZE.json.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -94,31 +93,46 @@ def matrix_rate(device: str, dtype: torch.dtype, n: int) -> float:
     return 2 * n**3 / min(timed(lambda: a @ a, device)[0] for _ in range(10))
 
 
-def peak_memory(name: str, folder: Path) -> float:
-    """MB of a process that loads the model and embeds everything once: of its own, or of the GPU."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--one", name, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1])[PEAK])
+class Contestant:
+    """One way to embed, in a process of its own: what one way does to memory and threads is not to help or hurt the others."""
+
+    def __init__(self, name: str, folder: Path, args: argparse.Namespace, work: tuple[list[Path], list[str]]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(other, name, folder, args, work), daemon=True)
+        self._process.start()
+        other.close()
+
+    def __call__(self, kind: str) -> tuple[float, float, np.ndarray]:
+        """Embed all "texts" or "images" -> (seconds, processor seconds, embeddings)"""
+        self._pipe.send(kind)
+        answer: tuple[float, float, np.ndarray] = self._pipe.recv()
+        return answer
+
+    def end(self) -> int:
+        """-> MB of the process at its largest, or of the GPU"""
+        self._pipe.send(None)
+        return int(self._pipe.recv())
 
 
-def embed_once(args: argparse.Namespace, work: tuple[list[Path], list[str]]) -> None:
-    run = contestant(args.one, args.folder, args, work)
-    for kind in args.kinds:
-        run(kind)
+def serve(pipe: Any, name: str, folder: Path, args: argparse.Namespace, work: tuple[list[Path], list[str]]) -> None:
+    run = contestant(name, folder, args, work)
+    while kind := pipe.recv():
+        pipe.send(timed(lambda: run(kind), args.device))
     on_gpu = args.device.startswith("cuda")
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({PEAK: round(peak / 1e6)}))
+    pipe.send(round(peak / 1e6))
 
 
-def rounds(runs: dict[str, Run], work: Work, args: argparse.Namespace) -> dict[str, Any]:
-    reference = {kind: runs["published 1"](kind) for kind in args.kinds}
+def rounds(runs: dict[str, Contestant], work: Work, args: argparse.Namespace) -> dict[str, Any]:
+    reference = {kind: runs["published 1"](kind)[2] for kind in args.kinds}
     result: dict[str, Any] = {}
     for kind in args.kinds:
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         cosines = {}
         for i in range(args.rounds + 1):
             for name, run in runs.items():
-                seconds, processor, x = timed(lambda: run(kind), args.device)  # noqa: B023 - called at once
+                seconds, processor, x = run(kind)
                 cosines[name] = float((x * reference[kind]).sum(1).min())
                 if i:  # the first round pays for threads and caches
                     taken[name].append((seconds, processor))
@@ -174,14 +188,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     photos = [Path(found.path) for found in islice(media.Scan([str(args.photos)]), args.n_photos)]
     texts = [line for line in args.texts.read_text(encoding="utf-8").splitlines() if line.strip()][: args.n_texts]
-    if args.one:
-        embed_once(args, (photos, texts))
-        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = registry.BUNDLED / registry.TINY if args.size == "tiny" else Path(scratch) / args.size
         if args.size in SIZES:
@@ -189,7 +198,7 @@ def main() -> None:
         ways = ["ours", "published 1", *(f"published {n}" for n in args.batches), "sentence-transformers"]
         ways += ["ours int8"] if args.device == "cpu" else []
         ways = [way for way in ways if way not in args.skip]
-        runs = {way: contestant(way, folder, args, (photos, texts)) for way in ways}
+        runs = {way: Contestant(way, folder, args, (photos, texts)) for way in ways}
         work = Work(LlavaNextEmbedder.load(str(folder), device=args.device, dtype=args.dtype), photos, texts)
         dtype = getattr(torch, args.dtype)
         rate = matrix_rate(args.device, dtype, 2048 if args.device == "cpu" else 8192)
@@ -197,7 +206,7 @@ def main() -> None:
         for kind in args.kinds:
             for found in result[kind]["rows"].values():
                 found["share_of_matrix_rate"] = round(found["gigaflop_per_s"] * 1e9 / rate, 3)
-        memory = {way: peak_memory(way, folder) for way in ways}
+        memory = {way: run.end() for way, run in runs.items()}
     print(PEAK, memory)
     command = f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/embed.py {' '.join(sys.argv[1:])}"
     head = {

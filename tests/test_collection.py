@@ -277,7 +277,35 @@ def test_interrupted_run_keeps_what_is_done(c: Collection, photos: Path, embedde
     assert len(paths(c)) == done
     assert c.status()["index"]["stale"] is False
     assert counts(c.ingest([photos])) == (12 - done, done, 0, 0, 0)
-    assert embedder.embedded == 12
+    assert 12 <= embedder.embedded < 24  # what the model was at is embedded again
+
+
+def test_the_model_is_at_the_next_batch_while_the_catalog_is_written(
+    c: Collection, photos: Path, embedder: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beginnings, committed = [], []
+    commit, embed = c.catalog.commit, embedder.embed_prepared
+    second = threading.Event()
+
+    def begin(prepared: Sequence[Any], prompts: str = "retrieval") -> np.ndarray:
+        beginnings.append(threading.current_thread())
+        if len(beginnings) == 2:
+            second.set()
+        return embed(prepared, prompts)
+
+    def write(**what: Any) -> Any:
+        if what.get("puts"):
+            committed.append(second.wait(60))  # in vain if the model waited for this
+        return commit(**what)
+
+    monkeypatch.setattr("e5v_search.collection.ingest.COMMIT_SECONDS", 0)
+    monkeypatch.setattr(embedder, "embed_prepared", begin)
+    monkeypatch.setattr(c.catalog, "commit", write)
+    assert counts(c.ingest([photos])) == (12, 0, 0, 0, 0)
+    assert len(committed) == len(beginnings) > 2
+    assert all(committed)
+    assert threading.current_thread() not in beginnings
+    assert not any(thread.is_alive() for thread in beginnings)
 
 
 # search

@@ -9,6 +9,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from e5v_search.backbones.pieces import in_pieces
 from e5v_search.errors import ModelError
 
 _STEPS = 63  # from zero to a row's largest value
@@ -35,14 +36,17 @@ class Int8Linear(nn.Module):
         self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()
+        return in_pieces(self._multiplied, x)
+
+    def _multiplied(self, x: Tensor) -> Tensor:
+        x32 = x.float()
         # torch's own maximum norm takes twenty times as long
-        largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True)).clamp_min_(_TINY)
+        largest = torch.maximum(x32.amax(-1, keepdim=True), -x32.amin(-1, keepdim=True)).clamp_min_(_TINY)
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        y: Tensor = multiply(rows / largest, 1 / _STEPS, _STEPS + 1, self.packed).mul_(largest)
+        y: Tensor = multiply(x32 / largest, 1 / _STEPS, _STEPS + 1, self.packed).mul_(largest)
         if self.bias is not None:
             y += self.bias
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return y.to(x.dtype)
 
 
 def swap_linears(model: nn.Module, device: torch.device) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from e5v_search.backbones.config import LlavaNextConfig, TextConfig, VisionConfig
+from e5v_search.backbones.pieces import in_pieces
 from e5v_search.backbones.tiles import Size, unpadded
 
 
@@ -69,8 +70,7 @@ class VisionLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        y: Tensor = x + self.mlp(self.layer_norm2(x))
-        return y
+        return in_pieces(lambda x: x + self.mlp(self.layer_norm2(x)), x)
 
 
 class VisionEmbeddings(nn.Module):
@@ -188,8 +188,7 @@ class TextLayer(nn.Module):
     def forward(self, x: Tensor, normed: Tensor, k: Tensor, v: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
         """`normed` is x after the input norm, which the keys and values were made from too."""
         x = x + self.self_attn(normed, k, v, rotation, mask)
-        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return y
+        return in_pieces(lambda x: x + self.mlp(self.post_attention_layernorm(x)), x)
 
 
 class TextDecoder(nn.Module):

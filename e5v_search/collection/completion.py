@@ -71,10 +71,12 @@ class Completion:
         if not embedded:
             self._done(len(items))
             return
-        with closing(ahead(self._prepare, items)) as prepared:
-            for batch in ingest.batches(self._usable(prepared)):
-                found = ingest.vectors(kind, [one.input for one in batch], embedded)
-                for one, vectors in zip(batch, found, strict=True):
+        with (
+            closing(ahead(self._prepare, items)) as prepared,
+            closing(ingest.embedded(kind, self._usable(prepared), lambda one: one.input, embedded)) as done,
+        ):
+            for batch in done:
+                for one, vectors in batch:
                     if isinstance(vectors, str):
                         self._fail(one.item, vectors)
                     else:

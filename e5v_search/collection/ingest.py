@@ -1,14 +1,15 @@
 """Ingestion: what is on disk becomes what the catalog says, with no more work than the difference asks for.
 
-    find ──> known? ──> same content? ──> prepare (threads) ──> model ──> commit
+    find ──> known? ──> same content? ──> prepare (threads) ──> model (a thread) ──> commit
 
 Photos and files of texts differ in how they are found and compared (`photos`, `texts`); from there on they share this
-module. The catalog is asked and written in the caller's thread alone. A commit every few seconds makes items and vectors
-visible together; a kill at any moment loses at most what came after the last one.
+module. The catalog is asked and written in the caller's thread alone, while the model is at the next batch. A commit
+every few seconds makes items and vectors visible together; a kill at any moment loses at most what came after the last one.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -20,6 +21,7 @@ from e5v_search.collection.report import Failure, Report
 from e5v_search.embedder import Embedder, embed_each
 from e5v_search.errors import E5VError
 from e5v_search.media import Scan
+from e5v_search.parallel import ahead
 
 COMMIT_SECONDS = 2.0
 _BATCH_SECONDS = 1.0  # a model call takes about this long, so that even an 8B model on a laptop commits often
@@ -111,9 +113,17 @@ class Ingest:
                 fresh.append(job)
         return fresh
 
-    def embed(self, jobs: Iterator[Job]) -> None:
-        for batch in self.batches(self._usable(jobs)):
-            self._embed_batch(batch)
+    def embed(self, kind: str, jobs: Iterator[Job]) -> None:
+        with closing(self.embedded(kind, self._usable(jobs), lambda job: job.prepared, self._views)) as done:
+            for batch in done:
+                for job, vectors in batch:
+                    job.prepared = None
+                    if isinstance(vectors, str):
+                        self._fail_all(job, vectors)
+                    else:
+                        self.put(job, vectors=vectors)
+                self.commit_if_due()
+                self.progress()
 
     def _usable(self, jobs: Iterator[Job]) -> Iterator[Job]:
         for job in jobs:
@@ -122,35 +132,43 @@ class Ingest:
             else:
                 self._fail_all(job, job.problem)
 
-    def batches(self, inputs: Iterator[T]) -> Iterator[list[T]]:
-        """As many at a time as the model embeds in about a second."""
+    def embedded(
+        self, kind: str, inputs: Iterator[T], prepared: Callable[[T], Any], of: Sequence[str]
+    ) -> Generator[list[tuple[T, views.Vectors | str]], None, None]:
+        """Inputs with their vectors in the views `of`, or why there are none, in batches of about a second.
+
+        The model has a thread to itself: while the caller deals with a batch, and gathers another, it is at the next.
+        """
+
+        def work(batch: list[T]) -> list[tuple[T, views.Vectors | str]]:
+            return list(zip(batch, self._vectors(kind, [prepared(one) for one in batch], of), strict=True))
+
+        with closing(ahead(work, self._batches(inputs), workers=1, depth=2)) as done:
+            yield from done
+
+    def _batches(self, inputs: Iterator[T]) -> Iterator[list[T]]:
         ready: list[T] = []
         for one in inputs:
             ready.append(one)
             if len(ready) >= self._batch:
+                self._begin()
                 yield ready
                 ready = []
         if ready:
+            self._begin()
             yield ready
 
-    def _embed_batch(self, jobs: list[Job]) -> None:
-        for job, vectors in zip(jobs, self.vectors(jobs[0].put.kind, [job.prepared for job in jobs], self._views), strict=True):
-            job.prepared = None
-            if isinstance(vectors, str):
-                self._fail_all(job, vectors)
-            else:
-                self.put(job, vectors=vectors)
-        self.commit_if_due()
-        self.progress()
-
-    def vectors(self, kind: str, inputs: Sequence[Any], of: Sequence[str]) -> list[views.Vectors | str]:
-        """For each input its vectors in the views `of`, or why there are none."""
+    def _begin(self) -> None:
+        if self._begun:
+            return
         embedder = self.embedder()
         if self.catalog.fingerprint is None:
             self.catalog.bind(embedder.fingerprint, embedder.dim, embedder.recalled_by)
-        if not self._begun:  # also after a run that was killed right behind its bind
-            self._on_commit(0)  # the index is there before the first vector: missing later, it was lost
-            self._begun = True
+        self._on_commit(0)  # also after a run that was killed behind its bind: an index missing later was lost
+        self._begun = True
+
+    def _vectors(self, kind: str, inputs: Sequence[Any], of: Sequence[str]) -> list[views.Vectors | str]:
+        embedder = self.embedder()
         start = time.monotonic()
         found = embed_each(inputs, lambda some: views.embed(embedder, kind, some, of))
         rate = len(inputs) / max(time.monotonic() - start, 1e-6)

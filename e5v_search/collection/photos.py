@@ -36,7 +36,7 @@ class Photos:
             closing(ahead(self._hash, self._news())) as hashed,
             closing(ahead(self._decode, self._unknown_content(hashed))) as decoded,
         ):
-            ingest.embed(decoded)
+            ingest.embed(self.kind, decoded)
         for problem in self._scan.problems:
             ingest.fail(problem.path, self.kind, problem.reason)
         ingest.commit()

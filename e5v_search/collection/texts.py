@@ -66,7 +66,7 @@ class Texts:
             closing(self._news()) as news,
             closing(ahead(self._prepare, news)) as prepared,
         ):
-            ingest.embed(prepared)
+            ingest.embed(self.kind, prepared)
         for problem in self._scan.problems:
             ingest.fail(problem.path, self.kind, problem.reason)
         ingest.commit()
