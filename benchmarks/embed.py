@@ -31,6 +31,7 @@ from models import SIZES, write
 from e5v_search import media
 from e5v_search.backbones import registry
 from e5v_search.backbones.llava_next import LlavaNextEmbedder
+from e5v_search.backbones.pieces import HUGE_PAGES
 from e5v_search.backbones.tiles import cut, token_count
 
 PEAK = "peak_mb"
@@ -116,6 +117,8 @@ class Contestant:
 
 
 def serve(pipe: Any, name: str, folder: Path, args: argparse.Namespace, work: tuple[list[Path], list[str]]) -> None:
+    if not name.startswith("ours"):
+        os.environ[HUGE_PAGES] = "0"  # as torch does by itself; ours has asked for them when it was imported
     run = contestant(name, folder, args, work)
     while kind := pipe.recv():
         pipe.send(timed(lambda: run(kind), args.device))

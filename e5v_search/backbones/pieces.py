@@ -1,11 +1,16 @@
 """What is done to each row by itself, done to some hundred at a time."""
 
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 PIECE = 512  # rows
+
+# on Linux torch then asks for its large tensors in pages of 2 MB; it looks before the first of them
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+os.environ.setdefault(HUGE_PAGES, "1")
 
 
 def in_pieces(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
