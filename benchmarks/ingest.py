@@ -2,11 +2,13 @@
 
     python benchmarks/ingest.py throughput PHOTOS [--sample 300] [--rounds 6]
     python benchmarks/ingest.py whole PHOTOS
+    python benchmarks/ingest.py memory PHOTOS [--items 20000]
 
 `throughput`: photos/s of an index run against the bare model on tensors already in memory: the same process, photos and
 threads, in turns, as the machine may be busy with other things. `whole`: an index of all of PHOTOS in a process of its
 own, seconds and peak memory; the same again with nothing changed; seconds of `e5v-search --help`, and of a text search in
-a fresh process, with the milliseconds that are the search's own. Written to benchmarks/results/ingest-PART.json.
+a fresh process, with the milliseconds that are the search's own. `memory`: what an index run of many small photos, made
+of parts of PHOTOS and read as base tiles alone, holds in memory as it goes. Written to benchmarks/results/ingest-PART.json.
 """
 
 import argparse
@@ -22,17 +24,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from machine import save
 
-from e5v_search import Collection, Embedder, media
+from e5v_search import Collection, Embedder, Report, media
 
 CLI = [sys.executable, "-m", "e5v_search"]
 
 
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """(seconds, processor seconds)"""
+    start, processor = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - start
+    return round(time.perf_counter() - start, 2), round(time.process_time() - processor, 2)
 
 
 def throughput(paths: list[str], rounds: int, scratch: Path) -> dict[str, Any]:
@@ -47,18 +51,38 @@ def throughput(paths: list[str], rounds: int, scratch: Path) -> dict[str, Any]:
 
     bare, ours = [], []
     for i in range(rounds):
-        bare.append(len(paths) / timed(lambda: embedder.embed_prepared(prepared)))
-        ours.append(len(paths) / timed(lambda: index(scratch / f"round-{i}")))  # noqa: B023 - called at once
-        ratio = ours[-1] / bare[-1]
-        print(f"round {i + 1}: bare model {bare[-1]:.1f} photos/s, index {ours[-1]:.1f}, ratio {ratio:.3f}", flush=True)
-    ratios = [a / b for a, b in zip(ours, bare, strict=True)]
+        bare.append(timed(lambda: embedder.embed_prepared(prepared)))
+        ours.append(timed(lambda: index(scratch / f"round-{i}")))  # noqa: B023 - called at once
+        print(f"round {i + 1}: bare model {bare[-1]}, index {ours[-1]} (s, processor s)", flush=True)
+    ratios, processor = ([a[j] / b[j] for a, b in zip(bare, ours, strict=True)] for j in range(2))
     return {
         "photos": len(paths),
-        "bare_model_photos_per_s": [round(x, 2) for x in bare],
-        "index_photos_per_s": [round(x, 2) for x in ours],
+        "bare_model_photos_per_s": [round(len(paths) / s, 2) for s, _ in bare],
+        "index_photos_per_s": [round(len(paths) / s, 2) for s, _ in ours],
         "ratio_of_each_round": [round(x, 3) for x in ratios],
         "ratio_median": round(statistics.median(ratios), 3),
+        "ratio_of_processor_time_median": round(statistics.median(processor), 3),
     }
+
+
+def memory(paths: list[str], items: int, scratch: Path) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    (scratch / "photos").mkdir()
+    pictures = [media.open_picture(path).resize((224, 224)) for path in paths]
+    for i in range(items):
+        x, y = (int(n) for n in rng.integers(0, 224 - 96, 2))
+        pictures[i % len(pictures)].crop((x, y, x + 96, y + 96)).save(scratch / f"photos/{i:06d}.jpg", quality=85)
+    held: dict[int, int] = {}
+
+    def note(report: Report, _: int) -> None:
+        if report.added >= len(held) * items // 10:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            held[report.added] = round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+
+    with Collection.open(scratch / "collection", Embedder.load("e5v-tiny", tiles="base")) as c:
+        report = c.ingest([scratch / "photos"], on_progress=note)
+    print(f"{report.added} photos in {report.seconds:.0f} s, MB held by items: {held}", flush=True)
+    return {"added": report.added, "seconds": round(report.seconds), "mb_by_items": held}
 
 
 def child(args: list[str], env: dict[str, str]) -> tuple[float, float, str]:
@@ -102,16 +126,19 @@ def whole(photos: str, scratch: Path, repeat: int = 5) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["throughput", "whole"])
+    parser.add_argument("part", choices=["throughput", "whole", "memory"])
     parser.add_argument("photos")
     parser.add_argument("--sample", type=int, default=300, help="photos of the comparison with the bare model")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--items", type=int, default=20_000, help="photos of the look at memory")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
+        paths = [found.path for found in islice(media.Scan([args.photos]), args.sample)]
         if args.part == "whole":
             result = whole(args.photos, Path(scratch))
+        elif args.part == "memory":
+            result = memory(paths, args.items, Path(scratch))
         else:
-            paths = [found.path for found in islice(media.Scan([args.photos]), args.sample)]
             result = throughput(paths, args.rounds, Path(scratch))
     print(save(f"ingest-{args.part}", {"command": f"python benchmarks/ingest.py {args.part} PHOTOS"} | result))
 

@@ -144,6 +144,26 @@ def test_a_batch_gives_what_single_items_give(ours: LlavaNextEmbedder) -> None:
     assert cosines(ours.embed_prepared(prepared), singles).min() > 0.999999
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [f"{n} dogs" for n in range(9)],
+        ["a dog"] * 8,
+        ["a", *(f"a dog {'runs ' * n}" for n in range(8))],
+        ["", "\n", "\n\n", " ", "<image>", "a", "b", "c"],
+    ],
+)
+def test_what_texts_begin_with_is_computed_once(
+    texts: list[str], fresh: LlavaNextEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    singles = np.concatenate([fresh.embed_texts([text]) for text in texts])
+    rows, true = [], fresh.model.prefill
+    monkeypatch.setattr(fresh.model, "prefill", lambda x: rows.extend(x) or true(x))
+    assert cosines(fresh.embed_texts(texts), singles).min() > 0.999999
+    [beginning] = rows
+    assert len(beginning) >= len(fresh.encoder.fill("<|start_header_id|>user<|end_header_id|>", [""])[0])
+
+
 @given(order=st.permutations(range(len(PICTURES))), tokens=st.integers(1, 3000))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_order_and_batch_size_do_not_matter(ours: LlavaNextEmbedder, order: list[int], tokens: int) -> None:

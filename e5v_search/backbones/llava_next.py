@@ -34,6 +34,8 @@ from e5v_search.prompts import load_prompts
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+_SHARED = 8  # texts from which on a pass over their common beginning is won back
+
 
 @dataclass(frozen=True)
 class Row:
@@ -261,6 +263,8 @@ class LlavaNextEmbedder(Embedder):
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Row]) -> np.ndarray:
+        if len(batch) >= _SHARED and all(row.tiles is None for row in batch):
+            return self._from_one_beginning([row.ids for row in batch])
         pictures = iter(self._features([row.tiles for row in batch if row.tiles is not None]))
         inputs = []
         for row in batch:
@@ -271,6 +275,13 @@ class LlavaNextEmbedder(Embedder):
                 inputs.append(torch.cat((self._words(head), next(pictures), self._words(tail))))
         return _floats(self.model.last_hidden(inputs))
 
+    def _from_one_beginning(self, rows: Sequence[list[int]]) -> np.ndarray:
+        """Texts begin alike, with the chat wrapper at least: that much is computed once."""
+        first, last = min(rows), max(rows)
+        alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+        n = min(alike, min(map(len, rows)) - 1)
+        return self._go_on([ids[n:] for ids in rows], self.model.prefill([self._words(rows[0][:n])]) if n else None)
+
     @torch.inference_mode()
     def _prefill(self, batch: Sequence[Beginning]) -> list[Tensor]:
         features = self._features([begin.tiles for begin in batch if begin.tiles is not None])
@@ -278,7 +289,7 @@ class LlavaNextEmbedder(Embedder):
         return self.model.prefill(inputs)
 
     @torch.inference_mode()
-    def _go_on(self, tails: Sequence[list[int]], prefixes: Sequence[Tensor]) -> np.ndarray:
+    def _go_on(self, tails: Sequence[list[int]], prefixes: Sequence[Tensor] | None) -> np.ndarray:
         return _floats(self.model.last_hidden([self._words(ids) for ids in tails], prefixes))
 
     def _words(self, ids: Sequence[int]) -> Tensor:

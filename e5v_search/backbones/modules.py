@@ -195,7 +195,8 @@ class TextDecoder(nn.Module):
     """Causal: rows shorter than the batch are padded on the *right*, where nothing real can see the padding.
 
     A row may go on from a prefix that was computed before: a tensor (layers, 2, key heads, p, d_head) of its keys and
-    values. Every key stands at its row's own position, so causality is all that the mask has to hold.
+    values; a single one is that of all rows. Every key stands at its row's own position, so causality is all that the
+    mask has to hold.
 
     With `checkpointing` a backward pass computes each layer once more instead of keeping what it saw: memory for time.
     """
@@ -285,10 +286,12 @@ class TextDecoder(nn.Module):
 
 
 def _behind(old: Sequence[Tensor], new: Tensor, length: int) -> Tensor:
-    """Each row's old keys or values (heads, p_i, d_head) and behind them its new ones (b, heads, t, d_head), in `length`
-    places; what is left is zero: masked, but a stray NaN would come through.
+    """Each row's old keys or values (heads, p_i, d_head), or one for all, and behind them its new ones (b, heads, t, d_head),
+    in `length` places; what is left is zero: masked, but a stray NaN would come through.
     """
     b, heads, t, d_head = new.shape
+    if len(old) == 1:
+        return torch.cat((old[0].expand(b, -1, -1, -1), new), dim=2)
     out = new.new_zeros(b, heads, length, d_head)
     for row, past in enumerate(old):
         p = past.shape[1]
