@@ -82,8 +82,16 @@ class InTurn(Embedder):
         with self._turns.take(self._urgent):
             return self._embedder.embed_composed(pairs, prompts, normalise=normalise)
 
-    def prepare(self, image: Image.Image) -> Any:
-        return self._embedder.prepare(image)  # needs no device
+    # what needs no device waits for nobody
+
+    def open(self, picture: Picture) -> Any:
+        return self._embedder.open(picture)
+
+    def enough(self, size: tuple[int, int]) -> tuple[int, int]:
+        return self._embedder.enough(size)
+
+    def prepare(self, image: Image.Image, size: tuple[int, int] | None = None) -> Any:
+        return self._embedder.prepare(image, size)
 
     def embed_prepared(self, prepared: Sequence[Any], prompts: str = "retrieval") -> np.ndarray:
         with self._turns.take(self._urgent):
