@@ -1,11 +1,13 @@
 """The service under load, `search` with and without it, requests that make no sense, and the first paint of a large collection.
 
-    python benchmarks/serve.py search PHOTOS [--rounds 5]         one cold and one warm `search` in turn
-    python benchmarks/serve.py load PHOTOS [--clients 50] [--seconds 60]
-    python benchmarks/serve.py paint PHOTOS [--items 100000]      needs playwright and chromium
+    python benchmarks/serve.py search COLLECTION [--rounds 5]     one cold and one warm `search` in turn
+    python benchmarks/serve.py load COLLECTION [--clients 50] [--seconds 60]
+    python benchmarks/serve.py fill COLLECTION --photos FOLDER [--items 100000]
+    python benchmarks/serve.py paint COLLECTION                   needs playwright and chromium
     python benchmarks/serve.py fuzz [--requests 10000]            tests/test_web_fuzz.py with so many
 
-PHOTOS is a folder of photos, of which the first 150 are indexed. Each part is kept in benchmarks/results/serve.json.
+COLLECTION is the folder of one (`index FOLDER -c ./COLLECTION/`); `fill` makes a large one without a model, for `paint`. What
+each part finds is kept in benchmarks/results/serve.json.
 """
 
 import argparse
@@ -18,7 +20,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,15 +33,8 @@ from machine import RESULTS, describe
 from e5v_search.catalog import Put
 from e5v_search.collection import Collection
 
-PHOTOS = 150
 WORDS = ["two", "dog", "cat", "child", "man", "woman", "red", "blue", "snow", "grass", "water", "runs", "plays", "jumps"]
 E5V = [sys.executable, "-m", "e5v_search"]
-
-
-def collection(photos: Path, folder: Path) -> Path:
-    chosen = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:PHOTOS]
-    subprocess.run([*E5V, "index", *map(str, chosen), "-c", f"{folder}/c", "--quiet"], check=False)
-    return folder / "c"
 
 
 @contextmanager
@@ -64,8 +58,8 @@ def cost(command: list[str]) -> tuple[float, float]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    place = collection(args.photos, folder)
+def search(args: argparse.Namespace) -> dict[str, Any]:
+    place = args.collection
     rows: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
     with serving(place):
         for n in range(args.rounds + 1):
@@ -130,10 +124,10 @@ async def client(address: str, ids: list[int], end: float, seed: int, told: dict
 THINK = 1.0  # seconds that a person looks before the next request, on average
 
 
-def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    place = collection(args.photos, folder)
+def load(args: argparse.Namespace) -> dict[str, Any]:
+    place = args.collection
     with Collection.open(place) as source:
-        ids = source.catalog.newest(0, PHOTOS)
+        ids = source.catalog.newest(0, 300)
 
     async def all_clients(address: str) -> tuple[dict[str, list[float]], list[str]]:
         told: dict[str, list[float]] = {
@@ -178,15 +172,16 @@ async def all_clients_warm(address: str) -> None:
     writer.close()
 
 
-def large(photos: Path, folder: Path, items: int) -> Path:
-    """A collection of so many photos, without a model: random vectors, the newest 200 photos real."""
-    real = sorted(path for path in photos.rglob("*") if path.suffix.lower() == ".jpg")[:200]
+def fill(args: argparse.Namespace) -> dict[str, Any]:
+    """A collection of so many photos: random vectors, the newest 200 photos real."""
+    folder, items = args.collection, args.items
+    real = sorted(path for path in args.photos.rglob("*") if path.suffix.lower() == ".jpg")[:200]
     rng = np.random.default_rng(0)
 
     def puts() -> Iterator[Put]:
         for n in range(items):
             x = rng.standard_normal(256, dtype=np.float32)
-            path = folder / f"photos/{n // 500}/{n}.jpg"
+            path = folder.absolute() / f"photos/{n // 500}/{n}.jpg"
             if n < len(real):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(real[n], path)
@@ -196,19 +191,20 @@ def large(photos: Path, folder: Path, items: int) -> Path:
                 taken_at=f"{year}-{n % 12 + 1:02d}-{n % 28 + 1:02d}T10:00:00", vectors={"retrieval": x / np.linalg.norm(x)},
             )  # fmt: skip
 
-    with Collection.open(folder / "large") as source:
+    with Collection.open(f"{folder}/") as source:
         embedder = source.embedder()
         source.load(puts(), embedder.fingerprint, 256, {"name": embedder.name, "quantize": None}, ["retrieval"], [])
-    return folder / "large"
+    return {"items": items}
 
 
-def paint(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def paint(args: argparse.Namespace) -> dict[str, Any]:
     from playwright.sync_api import sync_playwright
 
-    place = large(args.photos, folder, args.items)
+    with Collection.open(args.collection) as source:
+        items = sum(source.catalog.count().values())
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     rows = []
-    with serving(place) as address, sync_playwright() as driver:
+    with serving(args.collection) as address, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         asyncio.run(all_clients_warm(address))
         for _ in range(args.rounds):
@@ -228,10 +224,10 @@ def paint(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = ("first_paint_ms", "tiles_ms", "pictures_ms")
     medians = {name: round(statistics.median(each), 1) for name, each in zip(names, zip(*rows, strict=True), strict=True)}
     worst = round(max(row[0] for row in rows), 1)
-    return {"items": args.items, "rounds": args.rounds, **medians, "first_paint_worst_ms": worst}
+    return {"items": items, "rounds": args.rounds, **medians, "first_paint_worst_ms": worst}
 
 
-def fuzz(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def fuzz(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-q", "--timeout=3000", "tests/test_web_fuzz.py"]
     done = subprocess.run(
@@ -248,23 +244,27 @@ def fuzz(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    for name in ("search", "load", "paint", "fuzz"):
+    kinds = {"search": search, "load": load, "fill": fill, "paint": paint, "fuzz": fuzz}
+    for name in kinds:
         part = parts.add_parser(name)
         if name != "fuzz":
-            part.add_argument("photos", type=Path)
+            part.add_argument("collection", type=Path)
+        part.add_argument("--photos", type=Path)
         part.add_argument("--rounds", type=int, default=5)
         part.add_argument("--clients", type=int, default=50)
         part.add_argument("--seconds", type=float, default=60)
         part.add_argument("--items", type=int, default=100_000)
         part.add_argument("--requests", type=int, default=10_000)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = {"search": search, "load": load, "paint": paint, "fuzz": fuzz}[args.part](args, Path(folder))
+    found = kinds[args.part](args)
     print(json.dumps(found, indent=2))
+    if args.part == "fill":
+        return
     path = RESULTS / "serve.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    command = " ".join(["python benchmarks/serve.py", *(arg if "/" not in arg else "PHOTOS" for arg in sys.argv[1:])])
-    kept[args.part] = {"command": command, **describe(), **found}
+    options = " ".join(sys.argv[3:] if args.part != "fuzz" else sys.argv[2:])
+    shown = f"python benchmarks/serve.py {args.part}{' COLLECTION' if args.part != 'fuzz' else ''} {options}".strip()
+    kept[args.part] = {"command": shown, **describe(), "load_average": os.getloadavg(), **found}
     path.write_text(json.dumps(kept, indent=2) + "\n")
 
 
