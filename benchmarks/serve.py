@@ -38,13 +38,14 @@ E5V = [sys.executable, "-m", "e5v_search"]
 
 
 @contextmanager
-def serving(place: Path) -> Iterator[str]:
-    """The address of a service in a process of its own."""
+def serving(place: Path) -> Iterator[tuple[str, int]]:
+    """The address of a service in a process of its own, and that process."""
     process = subprocess.Popen([*E5V, "serve", "-c", str(place), "--port", "0"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     address = process.stdout.readline().strip()
     try:
-        yield address
+        asyncio.run(warmed(address))
+        yield address, process.pid
     finally:
         process.terminate()
         assert process.wait(60) == 0, "it did not stop cleanly"
@@ -138,9 +139,11 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         await asyncio.gather(*(client(address, ids, end, seed, told, errors) for seed in range(args.clients)))
         return told, errors
 
-    with serving(place) as address:
-        asyncio.run(all_clients_warm(address))
+    with serving(place) as (address, pid):
+        alone = asyncio.run(repeated(address, pid))
+        before = processor(pid)
         told, errors = asyncio.run(all_clients(address))
+        spent = processor(pid) - before
 
     def percentile(values: list[float], share: float) -> float:
         return round(float(np.percentile(values, share)) * 1e3, 1) if values else float("nan")
@@ -159,11 +162,43 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         "errors": len(errors),
         "first_errors": errors[:5],
         "p95_ms": percentile(every, 95),
+        "processor_ms_a_request": round(1e3 * spent / max(len(every), 1), 2),
+        "repeated_alone": alone,
         "kinds": rows,
     }
 
 
-async def all_clients_warm(address: str) -> None:
+def processor(pid: int) -> float:
+    """Seconds of processor time that a process has used (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def repeated(address: str, pid: int, n: int = 500) -> dict[str, float]:
+    """The same query again and again by one client: milliseconds it waits, and of the service's processor time."""
+    host, port = address.removeprefix("http://").rstrip("/").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    times = []
+    for each in range(n + 1):
+        if each == 1:
+            before = processor(pid)
+        start = time.perf_counter()
+        writer.write(f"GET /api/search?k=60&q=a+dog HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        await reader.readexactly(int(head.partition("content-length: ")[2].split()[0]))
+        times.append(time.perf_counter() - start)
+    spent = processor(pid) - before
+    writer.close()
+    p50, p95 = np.percentile(times[1:], [50, 95]) * 1e3
+    return {
+        "requests": n,
+        "p50_ms": round(float(p50), 2),
+        "p95_ms": round(float(p95), 2),
+        "processor_ms": round(1e3 * spent / n, 2),
+    }
+
+
+async def warmed(address: str) -> None:
     """Until the model is loaded."""
     host, port = address.removeprefix("http://").rstrip("/").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -204,9 +239,8 @@ def paint(args: argparse.Namespace) -> dict[str, Any]:
         items = sum(source.catalog.count().values())
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     rows = []
-    with serving(args.collection) as address, sync_playwright() as driver:
+    with serving(args.collection) as (address, _), sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        asyncio.run(all_clients_warm(address))
         for _ in range(args.rounds):
             page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
             page.goto(address)

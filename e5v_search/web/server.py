@@ -2,9 +2,12 @@
 
 import asyncio
 import os
+import signal
 import socket
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import uvicorn
 
@@ -20,6 +23,7 @@ PORT = 8765
 _TRIED = 10  # ports, when none is named
 _LEAST_TOKEN = 16  # characters
 _CONNECTIONS = 1000
+_IDLE_SECONDS = 75  # longer than a person looks at a photo
 _GRACE_SECONDS = 5  # for what is under way when the service is told to stop
 
 
@@ -61,21 +65,22 @@ class Server:
             access_log=False,
             server_header=False,
             limit_concurrency=_CONNECTIONS,
+            timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=_GRACE_SECONDS,
             lifespan="off",
             ws="none",
         )
-        self._uvicorn = uvicorn.Server(config)
+        self._uvicorn = _Uvicorn(config)
 
     def run(self, up: Callable[[], None] = lambda: None) -> None:
         """Until `stop`, SIGTERM or Ctrl-C; `up` is called as soon as whoever comes is answered."""
-        self.service.start()
-        try:
-            with suppress(KeyboardInterrupt):  # uvicorn hands the signal on once all is stopped
+        with _heeding(self._told):
+            self.service.start()
+            try:
                 asyncio.run(self._run(up))
-        finally:
-            self._socket.close()
-            self.service.stop()
+            finally:
+                self._socket.close()
+                self.service.stop()
 
     async def _run(self, up: Callable[[], None]) -> None:
         async with listening(self.service):
@@ -85,6 +90,32 @@ class Server:
     def stop(self) -> None:
         """From any thread; what is under way is finished."""
         self._uvicorn.should_exit = True
+
+    def _told(self, signum: int, frame: FrameType | None) -> None:
+        self._uvicorn.force_exit = self._uvicorn.should_exit  # the second time: whatever is under way
+        self.stop()
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are heeded by `Server.run`, from its first moment to its last."""
+        yield
+
+
+@contextmanager
+def _heeding(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `handler`. An exception raised by them instead might leave the lock of a module held that the
+    main thread is importing just then, for which the engine's thread would wait for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
 
 
 def _bound(host: str, port: int | None) -> socket.socket:
