@@ -23,7 +23,7 @@ from machine import save
 from e5v_search.catalog import VIEW, Catalog, Put
 from e5v_search.collection.narrow import search
 from e5v_search.filters import parse
-from e5v_search.index import Index, Stamp
+from e5v_search.index import FlatIndex, Stamp, load
 
 DIM, K, COMMIT = 64, 10, 20_000
 CAMERAS = [
@@ -129,7 +129,7 @@ def build(folder: Path, items: int, indexed: bool = True) -> float:
             began = time.process_time()
             catalog.commit(puts)
             seconds += time.process_time() - began
-        index = Index.build(DIM, catalog.vectors())
+        index = FlatIndex.build(DIM, catalog.vectors())
         index.stamp = Stamp(catalog.uid, catalog.state)
         index.save(folder / "index.faiss")
     return seconds
@@ -163,7 +163,7 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.folder / "index.faiss").exists():
         build(args.folder, args.items)
-    index = Index.load(args.folder / "index.faiss")
+    index = load(args.folder / "index.faiss")
     xq = np.random.default_rng(1).standard_normal((args.rounds, DIM)).astype(np.float32)
     xq /= np.linalg.norm(xq, axis=1, keepdims=True)
     rows = []

@@ -464,7 +464,7 @@ def test_rebuild_and_index_that_is_behind(c: Collection, photos: Path) -> None:
 
 def test_verify_finds_an_index_that_lies(c: Collection, photos: Path) -> None:
     c.ingest([photos])
-    index, _ = c.indexes.current()
+    index = c.indexes.current()
     x = index.vectors(index.ids()[:1])
     index.put(index.ids()[:1], -x)
     index.save(c.indexes.path())

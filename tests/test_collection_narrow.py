@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from e5v_search.catalog import VIEW, Catalog, Put
 from e5v_search.collection import narrow
 from e5v_search.filters import EVERYTHING, parse
-from e5v_search.index import Index, Stamp
+from e5v_search.index import FlatIndex, Index, Stamp
 
 N, DIM = 20_000, 16
 CAMERAS = ["Canon EOS 5D", "NIKON D90", "SONY ILCE-7", "Leica M"]
@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Catalog, I
             for n, x in enumerate(xb.astype(np.float32))
         ]
         ids = np.array(catalog.commit(puts))
-        index = Index.build(DIM, catalog.vectors())
+        index = FlatIndex.build(DIM, catalog.vectors())
         index.stamp = Stamp(catalog.uid, catalog.state)
         yield catalog, index, ids, xb
 
@@ -126,7 +126,7 @@ def test_what_passes_lies_far_from_the_query(tmp_path_factory: pytest.TempPathFa
             for i in range(n)
         ]
         ids = np.array(catalog.commit(puts))
-        index = Index.build(DIM, catalog.vectors())
+        index = FlatIndex.build(DIM, catalog.vectors())
         xq = np.eye(DIM, dtype=np.float32)[0]
         D, I = narrow.search(index, catalog, xq, 10, parse(["kind=image"]))  # noqa: E741
         assert I.tolist() == brute_force(ids[::2], xb[::2], xq, 10)[1].tolist()
@@ -151,7 +151,7 @@ def test_what_was_forgotten_takes_no_ones_place(tmp_path_factory: pytest.TempPat
             for i in range(n)
         ]
         ids = np.array(catalog.commit(puts))
-        index = Index.build(DIM, catalog.vectors())
+        index = FlatIndex.build(DIM, catalog.vectors())
         (xq,) = queries(1, 5)
         where = EVERYTHING if expression is None else parse([expression])
         best = narrow.search(index, catalog, xq, 60, where)[1]
@@ -165,7 +165,7 @@ def test_what_was_forgotten_takes_no_ones_place(tmp_path_factory: pytest.TempPat
 def test_an_empty_index(tmp_path_factory: pytest.TempPathFactory) -> None:
     with Catalog.create(tmp_path_factory.mktemp("c") / "c") as catalog:
         for where in (EVERYTHING, parse(["kind=image"])):
-            D, I = narrow.search(Index.empty(DIM), catalog, np.ones(DIM, np.float32), 5, where)  # noqa: E741
+            D, I = narrow.search(FlatIndex.empty(DIM), catalog, np.ones(DIM, np.float32), 5, where)  # noqa: E741
             assert (len(D), len(I)) == (0, 0)
 
 
@@ -180,7 +180,7 @@ def test_small_collections(tmp_path_factory: pytest.TempPathFactory, made: list[
             for row, image in made
         ]
         ids = np.array(catalog.commit(puts), dtype=np.int64)
-        index = Index.build(DIM, catalog.vectors())
+        index = FlatIndex.build(DIM, catalog.vectors())
         gone = data.draw(st.lists(st.sampled_from(ids.tolist()), unique=True)) if made else []
         catalog.commit(gone=gone)
         (xq,) = queries(1, 6)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from e5v_search import index as module
 from e5v_search.catalog import VIEW, Catalog, Put
 from e5v_search.errors import CollectionError, CollectionReadOnly, DiskFull
-from e5v_search.index import Index, IndexDamaged, Stamp
+from e5v_search.index import FlatIndex, Index, IndexDamaged, Stamp, load, read_stamp, sealed
 
 D = 24
 
@@ -49,7 +49,7 @@ def assert_same_neighbours(found: tuple[np.ndarray, np.ndarray], truth: tuple[np
 
 @pytest.fixture
 def filled() -> Index:
-    index = Index.build(D, [(np.arange(10, 310), rows(300))])
+    index = FlatIndex.build(D, [(np.arange(10, 310), rows(300))])
     index.stamp = Stamp("uid", 7)
     return index
 
@@ -60,7 +60,7 @@ def filled() -> Index:
 @pytest.mark.parametrize("d", [1, 24, 256, 4096])
 def test_scores_are_the_inner_product(d: int) -> None:
     xb, xq = rows(200, 1, d), rows(7, 2, d).astype(np.float32)
-    index = Index.build(d, [(np.arange(200) * 3 + 5, xb)])
+    index = FlatIndex.build(d, [(np.arange(200) * 3 + 5, xb)])
     found = index.search(xq, 12)
     assert (found[0].dtype, found[1].dtype) == (np.float32, np.int64)
     assert_same_neighbours(found, brute_force(dict(zip((np.arange(200) * 3 + 5).tolist(), xb, strict=True)), xq, 12))
@@ -87,7 +87,7 @@ def test_of_equal_scores_the_smaller_id_comes_first(k: int) -> None:
     near, far = rows(2, 4)
     ids = rng.permutation(100).astype(np.int64)
     copies = np.where((ids % 2 == 0)[:, None], near, far)
-    index = Index.build(D, [(ids[s : s + 7], copies[s : s + 7]) for s in range(0, 100, 7)])
+    index = FlatIndex.build(D, [(ids[s : s + 7], copies[s : s + 7]) for s in range(0, 100, 7)])
     xq = near[None].astype(np.float32)
     expected = [*range(0, 100, 2), *range(1, 100, 2)]
     assert index.search(xq, k)[1].tolist() == [expected[:k]]
@@ -103,7 +103,7 @@ def test_fewer_rows_than_asked_for(filled: Index) -> None:
     assert filled.search(xq, 10, ids=np.array([], dtype=np.int64))[1].shape == (3, 0)
     assert filled.search(xq, 0)[0].shape == (3, 0)
     assert filled.search(xq[:0], 5)[1].shape[0] == 0
-    assert Index.empty(D).search(xq, 5)[1].shape == (3, 0)
+    assert FlatIndex.empty(D).search(xq, 5)[1].shape == (3, 0)
 
 
 def test_a_selection_is_searched_exactly(filled: Index) -> None:
@@ -139,7 +139,7 @@ def test_rows_that_make_no_sense(filled: Index) -> None:
 
 def test_of_an_id_built_twice_the_later_row_counts() -> None:
     x = rows(4)
-    index = Index.build(D, [(np.array([5, 6]), x[:2]), (np.array([7, 5]), x[2:])])
+    index = FlatIndex.build(D, [(np.array([5, 6]), x[:2]), (np.array([7, 5]), x[2:])])
     assert sorted(index.ids().tolist()) == [5, 6, 7]
     np.testing.assert_array_equal(index.vectors(np.array([5, 6, 7])), x[[3, 1, 2]].astype(np.float32))
 
@@ -162,7 +162,7 @@ class LikeADict(RuleBasedStateMachine):
         self.folder = Path(self._folder.name)
         self.catalog = Catalog.create(self.folder)
         self.catalog.bind("f", D, {})
-        self.index = Index.empty(D)
+        self.index = FlatIndex.empty(D)
         self.index.stamp = Stamp(self.catalog.uid, 0)
         self.truth: dict[int, np.ndarray] = {}
         self.made = 0
@@ -210,13 +210,13 @@ class LikeADict(RuleBasedStateMachine):
 
     @rule()
     def rebuild(self) -> None:
-        self.index = Index.build(D, self.catalog.vectors())
+        self.index = FlatIndex.build(D, self.catalog.vectors())
         self.index.stamp = Stamp(self.catalog.uid, self.catalog.state)
 
     @rule()
     def save_and_load(self) -> None:
         self.index.save(self.folder / "index.faiss")
-        self.index = Index.load(self.folder / "index.faiss")
+        self.index = load(self.folder / "index.faiss")
 
     @rule()
     def reopen(self) -> None:
@@ -254,9 +254,9 @@ def test_saved_and_loaded(filled: Index, tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9") / "index.faiss"
     path.parent.mkdir()
     filled.save(path)
-    loaded = Index.load(path)
+    loaded = load(path)
     assert (loaded.stamp, loaded.d, loaded.ntotal, loaded.kind) == (Stamp("uid", 7), D, 300, "flat-fp16")
-    assert Index.read_stamp(path) == Stamp("uid", 7)
+    assert read_stamp(path) == Stamp("uid", 7)
     xq = rows(3, 5).astype(np.float32)
     for one, other in zip(loaded.search(xq, 9), filled.search(xq, 9), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -275,13 +275,13 @@ def test_plain_faiss_reads_it_too(filled: Index, tmp_path: Path) -> None:
 
 
 def test_an_empty_index_is_saved_too(tmp_path: Path) -> None:
-    Index.empty(D).save(tmp_path / "i")
-    assert Index.load(tmp_path / "i").ntotal == 0
+    FlatIndex.empty(D).save(tmp_path / "i")
+    assert load(tmp_path / "i").ntotal == 0
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    index = Index.build(8, [(np.arange(40), rows(40, d=8))])
+    index = FlatIndex.build(8, [(np.arange(40), rows(40, d=8))])
     index.stamp = Stamp("0123456789abcdef", 3)
     index.save(tmp_path / "index.faiss")
     return tmp_path / "index.faiss"
@@ -296,19 +296,19 @@ def test_every_flipped_bit_is_noticed(small: Path) -> None:
             altered[at] ^= 1 << bit
             small.write_bytes(altered)
             with pytest.raises(IndexDamaged):
-                Index.load(small)
+                load(small)
 
 
 def test_every_truncation_is_noticed(small: Path) -> None:
     data = small.read_bytes()
     for length in [*range(0, len(data), 53), *range(len(data) - 40, len(data))]:
         small.write_bytes(data[:length])
-        for read in (Index.load, Index.read_stamp):
+        for read in (load, read_stamp):
             with pytest.raises(IndexDamaged, match=r"cut short|checksum"):
                 read(small)
     small.write_bytes(data + b"\0")
     with pytest.raises(IndexDamaged):
-        Index.load(small)
+        load(small)
 
 
 @settings(max_examples=60, deadline=None)
@@ -318,65 +318,66 @@ def test_any_other_file_is_refused(data: bytes) -> None:
         file.write(data)
         file.flush()
         with pytest.raises(IndexDamaged):
-            Index.load(Path(file.name))
+            load(Path(file.name))
 
 
 def reseal(path: Path, **facts: object) -> None:
     """A trailer with other facts and right checksums."""
     data = path.read_bytes()
     start = data.rindex(b'{"uid"')
-    end = len(data) - module._FOOTER.size
+    end = len(data) - sealed.FOOTER.size
     text = json.dumps(json.loads(data[start:end]) | facts).encode()
-    path.write_bytes(data[:start] + text + module._FOOTER.pack(module.zlib.crc32(text), len(text), module._MAGIC))
+    path.write_bytes(data[:start] + text + sealed.FOOTER.pack(zlib.crc32(text), len(text), sealed.MAGIC))
 
 
 def test_files_that_are_whole_but_not_ours_to_read(small: Path) -> None:
     reseal(small, ntotal=41)
     with pytest.raises(IndexDamaged, match="trailer"):
-        Index.load(small)
+        load(small)
     reseal(small, ntotal=40, kind="later-kind")
     with pytest.raises(IndexDamaged, match="later-kind"):
-        Index.load(small)
+        load(small)
     reseal(small, kind="flat-fp16")
-    assert Index.load(small).ntotal == 40
+    assert load(small).ntotal == 40
     body = b"not FAISS" * 20
     small.write_bytes(body + small.read_bytes()[small.read_bytes().rindex(b'{"uid"') :])
-    reseal(small, crc32=module.zlib.crc32(body))
+    reseal(small, crc32=zlib.crc32(body))
     with pytest.raises(IndexDamaged, match="FAISS cannot read it"):
-        Index.load(small)
+        load(small)
 
 
 def test_missing_or_unreadable(tmp_path: Path) -> None:
     with pytest.raises(IndexDamaged, match="missing"):
-        Index.load(tmp_path / "none")
+        load(tmp_path / "none")
     with pytest.raises(IndexDamaged, match="cannot be read"):
-        Index.load(tmp_path)
+        load(tmp_path)
 
 
 SAVE_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from e5v_search.index import Index, Stamp
+from e5v_search.index import FlatIndex, Stamp
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 where, path = sys.argv[1], Path(sys.argv[2])
 x = np.eye(64, dtype=np.float32)
-index = Index.build(64, [(np.arange(64), x)])
+index = FlatIndex.build(64, [(np.arange(64), x)])
 index.stamp = Stamp("new", 2)
 if where == "body":  # killed with part of FAISS's bytes written
-    import e5v_search.index as module
-    module._CHUNK = 256
-    class Dying(module._Summed):
+    import e5v_search.index.flat as flat
+    import e5v_search.index.sealed as sealed
+    flat.CHUNK = 256
+    class Dying(sealed.Summed):
         def write(self, data):
             done = super().write(data)
             self._file.flush()
             if self._file.tell() > 4096:
                 die()
             return done
-    module._Summed = Dying
+    sealed.Summed = Dying
 else:
     setattr(os, where, die)
 index.save(path)
@@ -407,11 +408,11 @@ def test_a_full_disk_leaves_the_old_index(filled: Index, tmp_path: Path) -> None
     try:
         path = tmp_path / "index.faiss"
         filled.save(path)
-        large = Index.build(D, [(np.arange(5000), rows(5000))])
+        large = FlatIndex.build(D, [(np.arange(5000), rows(5000))])
         with pytest.raises(DiskFull, match="no space left"):
             large.save(path)
         assert os.listdir(tmp_path) == ["index.faiss"]
-        assert Index.load(path).stamp == Stamp("uid", 7)
+        assert load(path).stamp == Stamp("uid", 7)
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
         with pytest.raises(CollectionReadOnly, match="cannot be written"):
             filled.save(path)
@@ -442,7 +443,7 @@ import e5v_search.index as index
 assert "faiss" not in sys.modules
 print(index.faiss_problem())
 try:
-    index.Index.empty(4)
+    index.FlatIndex.empty(4)
     print("works")
 except MissingPackage as error:
     print(error)
@@ -467,17 +468,17 @@ def test_a_wheel_that_does_not_load(tmp_path: Path) -> None:
 
 def test_no_wheel(tmp_path: Path) -> None:
     code = """
-import sys
+import pathlib, sys
 import e5v_search.index as index
 sys.path = [p for p in sys.path if not p.endswith("-packages")]
 print(index.faiss_problem())
 try:
-    index.Index.load(index.Path(sys.argv[1]))
+    index.load(pathlib.Path(sys.argv[1]))
 except Exception as error:
     print(type(error).__name__, error)
 """
-    Index.empty(4).save(tmp_path / "i")
-    environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parent.parent)}
+    FlatIndex.empty(4).save(tmp_path / "i")
+    environment = os.environ | {"PYTHONPATH": str(Path(sealed.__file__).parents[2])}
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "i")], env=environment, check=True, capture_output=True, text=True
     )

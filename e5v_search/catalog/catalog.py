@@ -136,6 +136,17 @@ class Catalog(Files, Transfer):
         rows = self._rows("SELECT item_id FROM removed WHERE state > ? ORDER BY item_id", (after,))
         return np.array([row[0] for row in rows], dtype=np.int64)
 
+    def count_vectors(self, view: str) -> int:
+        """Number of items with a vector in `view`."""
+        return int(self._rows("SELECT count(*) FROM vectors WHERE view = ?", (view,))[0][0])
+
+    def changes(self, after: int, view: str, most: int) -> int:
+        """How many vectors of `view` were written, and items removed, by states later than `after`; counts to `most`."""
+        written = "SELECT count(*) FROM (SELECT 1 FROM vectors WHERE view = ? AND state > ? LIMIT ?)"
+        removed = "SELECT count(*) FROM (SELECT 1 FROM removed WHERE state > ? LIMIT ?)"
+        n = self._rows(written, (view, after, most))[0][0] + self._rows(removed, (after, most))[0][0]
+        return min(int(n), most)
+
     # writing
 
     def commit(

@@ -148,6 +148,19 @@ class Store:
         value = json.dumps(list(dict.fromkeys([*self.views, *views])))
         self._db.execute("INSERT OR REPLACE INTO meta VALUES ('views', ?)", (value,))
 
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """What was last given to `choose_recipe`; None where the size of the collection decides."""
+        value = self._meta("recipe")
+        with guarded(self.path):
+            recipe: dict[str, Any] | None = None if value is None else json.loads(value)
+            return recipe
+
+    def choose_recipe(self, recipe: dict[str, Any] | None) -> None:
+        """Note which index is to be made of the vectors, and why."""
+        value = None if recipe is None else json.dumps(recipe)
+        self._write_many("INSERT OR REPLACE INTO meta VALUES ('recipe', ?)", [(value,)])
+
     def bind(self, fingerprint: str, dim: int, model: dict[str, Any]) -> None:
         """Bind the catalog to what makes its vectors, once for all. Raises FingerprintMismatch if it is bound to another."""
         with guarded(self.path), transaction(self._db):

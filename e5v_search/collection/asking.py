@@ -1,6 +1,6 @@
 """Questions put to a collection, several at a time: what they need of the model is embedded in one go."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
@@ -58,12 +58,9 @@ class _Asked:
 
 
 def answer_all(
-    asks: Sequence[Ask], catalog: Catalog, indexes: Indexes, space: Space, built: Callable[[Index, str], None]
+    asks: Sequence[Ask], catalog: Catalog, indexes: Indexes, space: Space
 ) -> list[Hits | E5VError]:
-    """The hits of each question, or why there are none; one that fails takes no other with it.
-
-    `built(index, view)` is called with an index that had to be made anew.
-    """
+    """The hits of each question, or why there are none; one that fails takes no other with it."""
     asked = []
     for ask in asks:
         found = _Asked(ask, filters.EVERYTHING)
@@ -71,7 +68,7 @@ def answer_all(
         try:
             found.where = filters.parse(ask.query.where)
             with found.watch.phase("load"):
-                _prepare(found, catalog, indexes, space, built)
+                _prepare(found, catalog, indexes, space)
         except E5VError as error:
             found.error = error
     vectors = _embed([each for each in asked if each.error is None], space)
@@ -84,12 +81,10 @@ def answer_all(
     return answers
 
 
-def _prepare(asked: _Asked, catalog: Catalog, indexes: Indexes, space: Space, built: Callable[[Index, str], None]) -> None:
+def _prepare(asked: _Asked, catalog: Catalog, indexes: Indexes, space: Space) -> None:
     query = asked.ask.query
     view = _view(query, catalog)
-    asked.index, made = indexes.current(view)
-    if made:
-        built(asked.index, view)
+    asked.index = indexes.current(view)
     asked.total = sum(catalog.count().values())
     if not asked.total:
         folder = catalog.path.parent
@@ -130,7 +125,7 @@ def _rank(asked: _Asked, x: np.ndarray, catalog: Catalog, indexes: Indexes, spac
         scores = dict(zip(ids.tolist(), D.tolist(), strict=True))
         if index.ntotal < asked.total:  # what has no vector in this view yet is not to be missing: its other one serves
             pending = catalog.passing(catalog.pending(_view(query, catalog)), asked.where)
-            more, others = indexes.current()[0].search(xq[None], ask.k + len(reference), ids=pending)
+            more, others = indexes.current().search(xq[None], ask.k + len(reference), ids=pending)
             scores |= dict(zip(others[0].tolist(), more[0].tolist(), strict=True))
         items = catalog.items(scores)
         # among equals, as copies of a photo are, the picture that was asked about comes first

@@ -32,7 +32,7 @@ from e5v_search.errors import (
     QueryError,
 )
 from e5v_search.hits import Hits
-from e5v_search.index import Index
+from e5v_search.index import Recipe
 from e5v_search.query import Query, TermLike, terms
 
 _SYNC_AFTER = 20_000  # vectors that a search during a long run may have to fetch from the catalog itself
@@ -65,7 +65,7 @@ class Collection:
         self._loading = threading.Lock()
         # read now: the model may be loaded by a thread that must not touch the catalog
         self._bound, self._made_by = catalog.fingerprint, catalog.model
-        self.indexes = Indexes(catalog)
+        self.indexes = Indexes(catalog, self._writing)
         self.space = Space(self.embedder, catalog)
         if self._embedder is not None:
             self._check_fingerprint(self._embedder)
@@ -287,9 +287,14 @@ class Collection:
             self.indexes.sync()
         return len(ids)
 
-    def rebuild(self) -> int:
-        """Make the index anew from the catalog, embedding nothing. Returns the number of vectors."""
+    def rebuild(self, recipe: Recipe | None = None, why: str = "chosen with rebuild --recipe", by_size: bool = False) -> int:
+        """Make the index anew from the catalog, embedding nothing. Returns the number of vectors.
+
+        A `recipe` holds from now on, and `why` is what `status` says of it; `by_size` ends that.
+        """
         with self._writing():
+            if recipe is not None or by_size:
+                self.catalog.choose_recipe(None if recipe is None else {"recipe": recipe.to_json(), "why": why})
             return self.indexes.rebuild()
 
     # reading
@@ -330,12 +335,7 @@ class Collection:
 
     def answer_all(self, asks: Sequence[Ask]) -> list[Hits | E5VError]:
         """The hits of each question, or the error that `answer` would raise for it; the model is called for all at once."""
-        return answer_all(asks, self.catalog, self.indexes, self.space, self._save_if_free)
-
-    def _save_if_free(self, index: Index, view: str) -> None:
-        # a search repairs the index for the next one, but never waits or fails for it
-        with suppress(CollectionError), self._writing():
-            index.save(self.indexes.path(view))
+        return answer_all(asks, self.catalog, self.indexes, self.space)
 
     def thumbnail(self, item_id: int, size: int = 512) -> Path:
         """A small JPEG of a photo, at most `size` pixels wide and high, kept in the collection: it serves while the disk
@@ -357,7 +357,7 @@ class Collection:
             "fingerprint": self.catalog.fingerprint,
             "items": {kind: counts.get(kind, 0) for kind in ("image", "text", "rendered")},
             "failed": len(self.catalog.failures()),
-            "index": {"kind": Index.kind, "vectors": sum(counts.values()), "stale": self.indexes.stale},
+            "index": {"kind": self.indexes.kind, "vectors": sum(counts.values()), "stale": self.indexes.stale},
             "bytes": sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file()),
         }
 

@@ -1,76 +1,155 @@
 """The index files of a collection, one for each of its views: derived from the catalog, and made anew when in doubt."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from e5v_search.catalog import VIEW, Catalog
-from e5v_search.index import Index, IndexDamaged, Stamp
+from e5v_search.config import parse
+from e5v_search.errors import CollectionError
+from e5v_search.index import FlatIndex, Index, IndexDamaged, MappedIndex, Recipe, Stamp, build, by_size, load, read_facts
+from e5v_search.index.recipe import physical_memory
+
+_BEHIND = 20_000  # changes that a search brings into memory before it asks for the files to be renewed
+_AT_ONCE = 65_536  # rows in memory before they are brought to the disk
+_KINDS = {"flat-fp16": "exact"}  # of indexes, where recipes have another name for it
 
 
 class Indexes:
     """Which file serves a view, whether it is what the catalog says, and what to do when it is not.
 
-    A file that is behind is brought up to date in memory; one that is missing, damaged or of another catalog is replaced
-    by one built from the catalog. Nothing is ever embedded.
+    What little a file lacks is brought in memory by those who search; one that is far behind, missing, damaged, of another
+    catalog or of a kind that is not right any more is replaced by one built from the catalog. Nothing is ever embedded.
+    `writing` holds the collection's write lock, or raises CollectionError.
     """
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, writing: Callable[[], AbstractContextManager[None]]) -> None:
         self._catalog = catalog
+        self._writing = writing
         self._folder = catalog.path.parent
         self._loaded: dict[str, Index] = {}
 
     def path(self, view: str = VIEW) -> Path:
         return self._folder / ("index.faiss" if view == VIEW else f"index-{view}.faiss")
 
-    def current(self, view: str = VIEW) -> tuple[Index, bool]:
-        """The index with everything that the catalog holds in `view`, and whether it had to be built whole."""
-        built = False
-        index = self._loaded.get(view)
-        if index is None or index.stamp.uid != self._catalog.uid:
-            try:
-                index = Index.load(self.path(view))
-                of_this_catalog = index.stamp.uid == self._catalog.uid and index.stamp.state <= self._catalog.state
-                if not of_this_catalog or index.d != self._catalog.dim:
-                    raise IndexDamaged("it belongs to another state of the catalog")
-            except IndexDamaged:
-                index, built = self._built(view), True
-        stamp = self._stamp()
-        if index.stamp != stamp:
-            # read the stamp first: what is committed meanwhile is fetched twice rather than never
-            index.remove(self._catalog.removed(index.stamp.state))
-            for ids, x in self._catalog.vectors(after=index.stamp.state, view=view):
-                index.put(ids, x)
+    def recipe(self, view: str = VIEW) -> tuple[Recipe, str]:
+        """Which index a view is to have, and why. Raises UsageError for a recipe of a newer e5v-search."""
+        n = self._catalog.count_vectors(view)
+        chosen = self._chosen()
+        if chosen is not None and n:
+            return chosen
+        facts = self._facts(view)
+        used = None if facts is None else _KINDS.get(facts["kind"], facts["kind"])
+        return by_size(n, self._catalog.dim or 1, physical_memory(), used)
+
+    def _chosen(self) -> tuple[Recipe, str] | None:
+        chosen = self._catalog.recipe
+        if chosen is None:
+            return None
+        return parse(Recipe, chosen["recipe"], f"the index recipe of {self._folder}"), chosen["why"]
+
+    # for those who search
+
+    def current(self, view: str = VIEW) -> Index:
+        """The index with everything that the catalog holds in `view`."""
+        index = self._usable(view)
+        if index is None or self._far_behind(index, view):
+            # a search repairs the files for the next one, but never waits or fails for it
+            with suppress(CollectionError), self._writing():
+                self._bring_up(view)
+            index = self._usable(view)
+        if index is None:
+            stamp = self._stamp()
+            index = FlatIndex.build(self._catalog.dim or 1, self._catalog.vectors(view=view))
             index.stamp = stamp
+        self._catch_up(index, view)
         self._loaded[view] = index
-        return index, built
+        return index
+
+    def _usable(self, view: str) -> Index | None:
+        """The index in memory or, where that is none or far behind, in the file; None if it is not of this catalog."""
+        index = self._loaded.get(view)
+        if index is not None and index.stamp.uid == self._catalog.uid and not self._far_behind(index, view):
+            return index
+        try:
+            facts = read_facts(self.path(view))
+            if index is not None and Stamp(facts["uid"], facts["state"]) == index.stamp:
+                return index
+            index = load(self.path(view))
+        except IndexDamaged:
+            return None
+        if not self._of_this_catalog(index):
+            return None
+        chosen = self._chosen()
+        if chosen is not None and isinstance(index, MappedIndex) and index.kind == chosen[0].kind:
+            index.search_as(chosen[0])
+        self._loaded[view] = index
+        return index
+
+    def _of_this_catalog(self, index: Index) -> bool:
+        known = index.stamp.uid == self._catalog.uid and index.stamp.state <= self._catalog.state
+        return known and index.d == self._catalog.dim
+
+    def _far_behind(self, index: Index, view: str) -> bool:
+        if index.stamp == self._stamp():
+            return False
+        most = max(_BEHIND, index.newer if isinstance(index, MappedIndex) else 0)
+        return self._catalog.changes(index.stamp.state, view, most + 1) > most
+
+    def _catch_up(self, index: Index, view: str, at_once: int | None = None) -> None:
+        """Bring in what is newer; with `at_once`, rows go to the disk when so many are in memory."""
+        stamp = self._stamp()
+        if index.stamp == stamp:
+            return
+        # read the stamp first: what is committed meanwhile is fetched twice rather than never
+        index.remove(self._catalog.removed(index.stamp.state))
+        for ids, x in self._catalog.vectors(after=index.stamp.state, view=view):
+            index.put(ids, x)
+            if at_once is not None and isinstance(index, MappedIndex) and index.unsaved >= at_once:
+                index.absorb()
+        index.stamp = stamp
 
     def _stamp(self) -> Stamp:
         return Stamp(self._catalog.uid, self._catalog.state)
 
-    def _built(self, view: str) -> Index:
-        stamp = self._stamp()
-        index = Index.build(self._catalog.dim or 1, self._catalog.vectors(view=view))
-        index.stamp = stamp
-        return index
-
     # on disk; the caller holds the write lock
 
     def sync(self) -> None:
-        """Save every index that is not on disk as the catalog is now."""
+        """Save every index whose file is not what it should be as the catalog is now."""
         if self._catalog.dim is None:
             return
         for view in self._catalog.views:
-            if self._saved_stamp(view) != self._stamp():
-                self.current(view)[0].save(self.path(view))
+            if self._due(view):
+                self._bring_up(view)
 
     def rebuild(self) -> int:
         """Make all anew from the catalog. Returns the number of vectors."""
         for view in self._catalog.views:
-            self._loaded[view] = self._built(view)
-            self._loaded[view].save(self.path(view))
+            self._build(view)
         return sum(self._loaded[view].ntotal for view in self._catalog.views)
+
+    def _bring_up(self, view: str) -> None:
+        index = self._usable(view)
+        if index is None or not self._worth_keeping(index, view):
+            self._build(view)
+            return
+        self._catch_up(index, view, _AT_ONCE)
+        index.save(self.path(view))
+
+    def _worth_keeping(self, index: Index, view: str) -> bool:
+        if not self._fits(index.kind, view):
+            return False
+        if not isinstance(index, MappedIndex):
+            return True
+        return not index.worn and self._catalog.changes(index.stamp.state, view, index.ntotal + 1) <= index.ntotal
+
+    def _build(self, view: str) -> None:
+        recipe, _ = self.recipe(view)
+        stamp = self._stamp()
+        self._loaded[view] = build(self.path(view), recipe, self._catalog.dim or 1, self._catalog.vectors(view=view), stamp)
 
     # what is said of them
 
@@ -80,12 +159,30 @@ class Indexes:
 
     @property
     def stale(self) -> bool:
-        """Whether a search would have to bring something up to date."""
-        return any(self._saved_stamp(view) != self._stamp() for view in self._catalog.views)
+        """Whether there is something to be brought up to date, or more than searches make up for at no cost."""
+        return any(self._due(view) for view in self._catalog.views)
 
-    def _saved_stamp(self, view: str) -> Stamp | None:
+    @property
+    def kind(self) -> str:
+        """Of the index that serves searches of photos and texts."""
+        facts = self._facts(VIEW)
+        return "flat-fp16" if facts is None else str(facts["kind"])
+
+    def _due(self, view: str) -> bool:
+        facts = self._facts(view)
+        if facts is None or facts["uid"] != self._catalog.uid or not self._fits(facts["kind"], view):
+            return True
+        if facts["state"] == self._catalog.state:
+            return False
+        newer = facts.get("newer")
+        return newer is None or self._catalog.changes(facts["state"], view, newer + 1) > newer
+
+    def _fits(self, kind: str, view: str) -> bool:
+        return _KINDS.get(kind, kind) == self.recipe(view)[0].kind
+
+    def _facts(self, view: str) -> dict[str, Any] | None:
         try:
-            return Index.read_stamp(self.path(view))
+            return read_facts(self.path(view))
         except IndexDamaged:
             return None
 
@@ -97,25 +194,28 @@ class Indexes:
 
     def _problems(self, view: str) -> Iterator[str]:
         try:
-            index = Index.load(self.path(view))
+            index = load(self.path(view))
         except IndexDamaged as error:
             if any(self._catalog.count().values()):
                 yield str(error)
             return
-        if index.stamp != self._stamp():
-            # what an interrupted run leaves: a search makes up for it, so it is no error
-            index, _ = self.current(view)
-        ids = set(index.ids().tolist())
-        truth: set[int] = set()
+        yield from index.problems()
+        if not self._of_this_catalog(index):
+            yield "it belongs to another catalog, or to a later state of this one"
+            return
+        self._catch_up(index, view)  # what an interrupted run leaves is no error: a search makes up for it
+        ids = index.ids()
+        truth: list[np.ndarray] = []
         wrong = 0
         for block, x in self._catalog.vectors(view=view):
-            truth.update(block.tolist())
-            present = np.array([i in ids for i in block.tolist()], dtype=bool)
+            truth.append(block)
+            present = np.isin(block, ids)
             if present.any():
                 wrong += int((index.vectors(block[present]) != x[present].astype(np.float32)).any(axis=1).sum())
-        if missing := len(truth - ids):
+        held = np.concatenate(truth) if truth else np.empty(0, np.int64)
+        if missing := len(np.setdiff1d(held, ids)):
             yield f"{missing} vectors are missing"
-        if orphans := len(ids - truth):
+        if orphans := len(np.setdiff1d(ids, held)):
             yield f"{orphans} vectors belong to no item"
         if wrong:
             yield f"{wrong} vectors differ from the catalog's"

@@ -1,0 +1,56 @@
+"""Rows of bytes in a file that only ever grows: what was written stays as it is, under those who have mapped it.
+
+How many of the rows count stands elsewhere, in a sealed file; what a killed process has written behind them does not, and
+the next one overwrites it.
+"""
+
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from e5v_search.errors import from_os_error
+from e5v_search.index.sealed import CHUNK, IndexDamaged
+
+
+def append(path: Path, blocks: Iterable[np.ndarray], at: int = 0, crc32: int = 0) -> tuple[int, int]:
+    """Write blocks of rows behind the first `at` bytes, of which `crc32` is the checksum. Returns both for all of it, synced.
+
+    Raises DiskFull, CollectionReadOnly, CollectionError.
+    """
+    try:
+        with open(path, "r+b" if at else "wb") as file:
+            file.truncate(at)
+            file.seek(at)
+            for block in blocks:
+                data = np.ascontiguousarray(block).view(np.uint8).reshape(-1).data
+                crc32 = zlib.crc32(data, crc32)
+                at += file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise from_os_error(error, path) from error
+    return at, crc32
+
+
+def mapped(path: Path, size: int) -> np.ndarray:
+    """The first `size` bytes, mapped. Raises IndexDamaged if there are fewer."""
+    try:
+        if path.stat().st_size < size:
+            raise IndexDamaged(f"{path.name} is cut short")
+        data: np.ndarray = np.asarray(np.memmap(path, np.uint8, "r", shape=(size,)))
+    except FileNotFoundError as error:
+        raise IndexDamaged(f"{path.name} is missing") from error
+    except OSError as error:
+        raise IndexDamaged(f"{path.name} cannot be read: {error.strerror or error}") from error
+    return data
+
+
+def checksum(data: np.ndarray) -> int:
+    """Of bytes (n,); reads all of them."""
+    crc32 = 0
+    for start in range(0, len(data), CHUNK):
+        crc32 = zlib.crc32(data[start : start + CHUNK].data, crc32)
+    return crc32

@@ -1,0 +1,117 @@
+"""Which index a collection gets: what a recipe can say, and the choice by size where nobody says anything."""
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+Kind = Literal["exact", "one-bit", "ivf", "hnsw"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+# numbers (rows times d) up to which a kind is chosen: 20,000 and 1,000,000 rows of 4,096
+EXACT_NUMBERS = 20_000 * 4096
+ONE_BIT_NUMBERS = 1_000_000 * 4096
+_SHRUNK = 0.7  # of a limit: below it the kind for fewer rows is right again; between them what is there stays
+
+_OF_KIND = {
+    "candidates": ("one-bit", "ivf"),
+    "query_bits": ("one-bit", "ivf"),
+    "lists": ("ivf",),
+    "probes": ("ivf",),
+    "links": ("hnsw",),
+    "ef_build": ("hnsw",),
+    "ef": ("hnsw",),
+    "newer": ("one-bit", "ivf", "hnsw"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an index is built and searched. Keys that do not belong to the kind keep their defaults."""
+
+    kind: Kind
+    candidates: int = 400  # rows whose exact score is taken, at least; more where more results are asked for
+    query_bits: int = 8  # in which a number of the query is held while it is compared with the one-bit rows
+    lists: int = 0  # into which the rows are divided; 0: about the square root of their number
+    probes: int = 64  # lists that a search looks into
+    links: int = 32  # of each row to near ones, twice as many on the lowest level
+    ef_build: int = 80  # rows kept in view while the links of a new one are chosen
+    ef: int = 128  # rows kept in view while searching
+    newer: int = 4096  # rows newer than the files, at least, which a search takes from the catalog and scans
+
+    def problems(self) -> list[str]:
+        """What types cannot say, one line each."""
+        limits = {
+            "candidates": (1, 1_000_000),
+            "query_bits": (1, 8),
+            "lists": (0, 1_000_000),
+            "probes": (1, 1_000_000),
+            "links": (2, 256),
+            "ef_build": (1, 10_000),
+            "ef": (1, 1_000_000),
+            "newer": (0, 10_000_000),
+        }
+        found = [
+            f"{name}: {value} is not between {least:,} and {most:,}"
+            for name, (least, most) in limits.items()
+            if not least <= (value := getattr(self, name)) <= most
+        ]
+        default = {field.name: field.default for field in fields(self)}
+        return found + [
+            f"{name}: this is a key of {' and '.join(kinds)}, not of {self.kind}"
+            for name, kinds in _OF_KIND.items()
+            if self.kind not in kinds and getattr(self, name) != default[name]
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The kind, and what belongs to it."""
+        return {"kind": self.kind} | {name: getattr(self, name) for name, kinds in _OF_KIND.items() if self.kind in kinds}
+
+
+def lists_for(n: int) -> int:
+    """Into how many lists n rows are divided: the power of two nearest to their square root, n at most."""
+    return int(max(1, min(2 ** round(0.5 * max(n, 1).bit_length()), n)))
+
+
+def codes_bytes(n: int, d: int) -> int:
+    """Bytes that the one-bit codes of n rows take, with two numbers for each and its id."""
+    return n * (d // 8 + 16)
+
+
+def resident_bytes(recipe: Recipe, n: int, d: int) -> int:
+    """Bytes of memory that a search works in, rows that it re-ranks from the disk not counted."""
+    ids = 8 * n
+    if recipe.kind == "exact":
+        return 2 * d * n + ids
+    if recipe.kind == "hnsw":
+        return ids + n * (8 * recipe.links + 16) + 2 * d * n  # it walks over the rows themselves
+    centres = 4 * d * (recipe.lists or lists_for(n)) if recipe.kind == "ivf" else 0
+    return ids + codes_bytes(n, d) + centres
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's memory; where it does not say, 8 GB are assumed."""
+    try:
+        return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return 8_000_000_000
+
+
+def by_size(n: int, d: int, memory: int, used: str | None = None) -> tuple[Recipe, str]:
+    """The recipe for n rows of d numbers on a machine with `memory` bytes, and why.
+
+    A collection that has an index of the kind `used` keeps it until it has clearly left that kind's range.
+    """
+    half = memory // 2
+    exact, one_bit = EXACT_NUMBERS, ONE_BIT_NUMBERS
+    if used == "exact" or used is None:
+        limits = (exact, one_bit)
+    elif used == "one-bit":
+        limits = (int(_SHRUNK * exact), one_bit)
+    else:
+        limits = (int(_SHRUNK * exact), int(_SHRUNK * one_bit))
+    numbers = f"{n:,} vectors of {d:,} numbers"
+    if n * d <= limits[0] and resident_bytes(Recipe("exact"), n, d) <= half:
+        return Recipe("exact"), f"chosen by size: {numbers} are soon scanned whole"
+    if n * d <= limits[1] and codes_bytes(n, d) <= half:
+        return Recipe("one-bit"), f"chosen by size: {numbers} take {codes_bytes(n, d) / 1e6:,.0f} MB in one bit each"
+    return Recipe("ivf"), f"chosen by size: {numbers} are too many to be scanned, even in one bit each"
