@@ -77,6 +77,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run("export", "--out", "old-export")
         (base / "my-vectors").mkdir()
         np.save(base / "my-vectors/vectors.npy", np.eye(3, 256, dtype=np.float32))
+        np.save(base / "sentences.npy", np.eye(4, 256, dtype=np.float32))
         yield base
 
 

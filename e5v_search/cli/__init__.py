@@ -30,6 +30,7 @@ from e5v_search.cli.search import search
 from e5v_search.cli.serve import serve
 from e5v_search.cli.train import train
 from e5v_search.cli.transfer import export, import_
+from e5v_search.cli.tune import tune
 from e5v_search.errors import E5VError
 
 FAILED = 3
@@ -41,6 +42,11 @@ class Program(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order in which people meet them, not the alphabet's
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[:2] == ["index", "tune"] and not os.path.lexists("tune"):  # else it is the photos in there that are meant
+            args = args[1:]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -95,6 +101,7 @@ for _command in (
     status,
     verify,
     rebuild,
+    tune,
     forget,
     export,
     import_,

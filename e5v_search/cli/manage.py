@@ -24,6 +24,7 @@ def status(collection: str, as_json: bool) -> None:
         failures = source.catalog.failures()
         roots = source.catalog.roots()
         views = source.catalog.views
+        why = source.indexes.recipe()[1]
         lacking = {view: len(source.catalog.pending(view)) for view in views}
     if as_json:
         print_json(state)
@@ -36,6 +37,7 @@ def status(collection: str, as_json: bool) -> None:
         ("model", state["fingerprint"] or "none yet"),
         ("items", ", ".join(count(items[kind], noun) for kind, noun in nouns if items[kind] or kind == "image")),
         ("index", f"{index['kind']}, {count(index['vectors'], 'vector')}{stale}"),
+        *([("", why)] if index["vectors"] else []),
         *([("views", ", ".join(_view(view, lacking[view]) for view in views))] if len(views) > 1 else []),
         ("on disk", size(state["bytes"])),
         *(("from" if n == 0 else "", path if kind == "image" else f"{path} ({kind})") for n, (path, kind) in enumerate(roots)),
@@ -72,22 +74,37 @@ def verify(ctx: click.Context, collection: str, as_json: bool) -> None:
         ctx.exit(3)
 
 
-@click.command(epilog=examples("e5v-search rebuild", "e5v-search rebuild -c holidays --json"))
+@click.command(
+    epilog=examples(
+        "e5v-search rebuild",
+        "e5v-search rebuild -c holidays --json",
+        "e5v-search rebuild --recipe one-bit",
+        "e5v-search rebuild --recipe auto",
+    )
+)
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE.toml",
+    help="The index to make, from now on: exact, one-bit, ivf, hnsw, a recipe of your own, or auto: by size.",
+)
 @collection_option
 @json_option
 @debug_option
-def rebuild(collection: str, as_json: bool) -> None:
+def rebuild(recipe: str | None, collection: str, as_json: bool) -> None:
     """Make the index anew from the catalog. Nothing is read or embedded."""
     from e5v_search.collection import Collection
+    from e5v_search.index import read_recipe
 
     start = time.monotonic()
+    chosen = None if recipe in (None, "auto") else read_recipe(recipe)
     with Collection.open(collection, create=False) as target:
-        vectors = target.rebuild()
+        vectors = target.rebuild("auto" if recipe == "auto" else chosen)
+        kind = target.indexes.kind
     seconds = time.monotonic() - start
     if as_json:
-        print_json({"vectors": vectors, "seconds": round(seconds, 3)})
+        print_json({"vectors": vectors, "seconds": round(seconds, 3), "kind": kind})
     else:
-        click.echo(f"index of {count(vectors, 'vector')} built in {seconds:.1f} s")
+        click.echo(f"index of {count(vectors, 'vector')} built in {seconds:.1f} s ({kind})")
 
 
 @click.command(epilog=examples("e5v-search forget photos/old", "e5v-search forget dog.jpg -c holidays --json"))

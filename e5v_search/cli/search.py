@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         "e5v-search search a dog in the snow --thumbnails never --open",
         "e5v-search search a red car --paths -0 | xargs -0 ls -l",
         "e5v-search search a red car --csv -c holidays --prompts retrieval > found.csv",
+        "e5v-search search --vectors sentences.npy -k 3 --json > found.jsonl",
         "e5v-search search a red car --model e5v-tiny --device cpu --dtype float32 --tiles full --allow-mismatch",
     )
 )
@@ -51,6 +52,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--minus", multiple=True, metavar="TEXT[:W]", help="Away from this text, or image:FILE|ITEM_ID, W times (1); repeatable."
+)
+@click.option(
+    "--vectors",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.npy",
+    help="Search by each row of this file; with --json, one object a row.",
 )
 @where_option
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many results.")
@@ -83,6 +90,7 @@ def search(
     keep_reference: bool,
     plus: tuple[str, ...],
     minus: tuple[str, ...],
+    vectors: Path | None,
     where: tuple[str, ...],
     k: int,
     threshold: float | None,
@@ -105,7 +113,16 @@ def search(
     The model that made the collection is used. A score is the cosine of query and item, or with --plus and --minus the
     weighted sum of cosines. A text and --image together search for both at once; --image with --modify leaves the picture
     itself out. A weight follows the last colon; --plus 'at 10:30:1' is the text "at 10:30".
+
+    With --vectors nothing is embedded: the rows of FILE.npy, made by `embed` or another program with the model of the
+    collection, are the queries.
     """
+    if vectors is not None:
+        others = (text, image, modify, plus, minus, as_csv, as_paths, sheet, open_it, explain, prompts)
+        if any(others) or not as_json:
+            raise click.UsageError("--vectors goes with --json, and beside that with -k, --where, --threshold and -c alone")
+        _search_file(vectors, collection, k, where, threshold)
+        return
     if as_json + as_csv + as_paths > 1:
         raise click.UsageError("--json, --csv and --paths exclude each other")
     if null and not as_paths:
@@ -151,6 +168,15 @@ def search(
         click.echo(f"drawn: {printable(str(sheet))}", err=True)
     if open_it:
         open_best(hits)
+
+
+def _search_file(vectors: Path, collection: str, k: int, where: tuple[str, ...], threshold: float | None) -> None:
+    from e5v_search.collection import Collection
+    from e5v_search.collection.vectors import search_file
+
+    with Collection.open(collection, create=False) as source:
+        for hits in search_file(source, vectors, k=k, where=where, threshold=threshold):
+            print_json(hits.to_json())
 
 
 def _nothing(threshold: float | None, where: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -65,7 +65,7 @@ class Collection:
         self._loading = threading.Lock()
         # read now: the model may be loaded by a thread that must not touch the catalog
         self._bound, self._made_by = catalog.fingerprint, catalog.model
-        self.indexes = Indexes(catalog, self._writing)
+        self.indexes = Indexes(catalog, self.writing)
         self.space = Space(self.embedder, catalog)
         if self._embedder is not None:
             self._check_fingerprint(self._embedder)
@@ -151,7 +151,8 @@ class Collection:
     # writing
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """Hold the write lock. Raises CollectionBusy, CollectionReadOnly."""
         lock = FileLock(self.path / "write.lock", timeout=0)
         note = self.path / "writer.json"
         try:
@@ -209,7 +210,7 @@ class Collection:
         views = list(views or ())
         check_sources(sources, views, lambda path: next(self.catalog.paths_under([path]), None) is not None)
         self._refuse_another_model()
-        with self._writing():
+        with self.writing():
             self.catalog.add_roots(sources)
             if views:
                 self.catalog.add_views(views)
@@ -232,7 +233,7 @@ class Collection:
         These are absolute and without links, too. The index files may stay behind the catalog, which searches make up for,
         until `save_index`.
         """
-        with self._writing(), self._ingest(None, unfinished) as ingest:
+        with self.writing(), self._ingest(None, unfinished) as ingest:
             ingest_all(ingest, sources, below)
         return ingest.report
 
@@ -250,7 +251,7 @@ class Collection:
 
     def save_index(self) -> None:
         """Bring the index files to the catalog's state. Raises CollectionBusy, DiskFull, CollectionReadOnly."""
-        with self._writing():
+        with self.writing():
             self.indexes.sync()
 
     def load(
@@ -263,7 +264,7 @@ class Collection:
         roots: Iterable[tuple[str, str]],
     ) -> int:
         """Fill the empty collection with items that bring ids and vectors, all or none; see Catalog.load. Returns how many."""
-        with self._writing():
+        with self.writing():
             loaded = self.catalog.load(puts, fingerprint, dim, model, views, roots)
             self.indexes.rebuild()
         return loaded
@@ -280,21 +281,23 @@ class Collection:
     def forget(self, paths: Sequence[str | os.PathLike[str]]) -> int:
         """Take the items of these files and folders out of the collection; the files stay. Returns how many items."""
         roots = canonical(paths)
-        with self._writing():
+        with self.writing():
             ids = [row.item_id for row in self.catalog.paths_under(roots)]
             self.catalog.commit(gone=ids)
             self.catalog.drop_roots(roots)
             self.indexes.sync()
         return len(ids)
 
-    def rebuild(self, recipe: Recipe | None = None, why: str = "chosen with rebuild --recipe", by_size: bool = False) -> int:
+    def rebuild(self, recipe: Recipe | Literal["auto"] | None = None) -> int:
         """Make the index anew from the catalog, embedding nothing. Returns the number of vectors.
 
-        A `recipe` holds from now on, and `why` is what `status` says of it; `by_size` ends that.
+        A `recipe` holds from now on; with "auto" the size of the collection decides again, as it does in new ones.
         """
-        with self._writing():
-            if recipe is not None or by_size:
-                self.catalog.choose_recipe(None if recipe is None else {"recipe": recipe.to_json(), "why": why})
+        with self.writing():
+            if recipe == "auto":
+                self.catalog.choose_recipe(None)
+            elif recipe is not None:
+                self.catalog.choose_recipe({"recipe": recipe.to_json(), "why": "chosen with rebuild --recipe"})
             return self.indexes.rebuild()
 
     # reading

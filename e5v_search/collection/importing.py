@@ -68,7 +68,7 @@ class _Source:
         self.items = next((folder / name for name in (PARQUET, JSONL) if (folder / name).is_file()), None)
         description = _description(folder, self.items)
         self.views = list(description.get("files", {}).get("vectors", {})) or [VIEW]
-        self._x = {view: _vectors(folder / vectors_file(view)) for view in self.views}
+        self._x = {view: open_vectors(folder / vectors_file(view)) for view in self.views}
         self.n: int = self._x[VIEW].shape[0]
         self.dim: int = self._x[VIEW].shape[1]
         self.fingerprint: str = description.get("fingerprint", UNKNOWN_MODEL)
@@ -185,7 +185,7 @@ def _checked(description: Any, path: Path | None) -> dict[str, Any]:
     return description
 
 
-def _vectors(path: Path) -> np.ndarray:
+def open_vectors(path: Path) -> np.ndarray:
     """The array (n, d) in `path`, on the disk. Raises CollectionError."""
     try:
         x: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -91,7 +91,7 @@ class Indexes:
 
     def _of_this_catalog(self, index: Index) -> bool:
         known = index.stamp.uid == self._catalog.uid and index.stamp.state <= self._catalog.state
-        return known and index.d == self._catalog.dim
+        return known and index.d == (self._catalog.dim or 1)
 
     def _far_behind(self, index: Index, view: str) -> bool:
         if index.stamp == self._stamp():
@@ -147,9 +147,25 @@ class Indexes:
         return not index.worn and self._catalog.changes(index.stamp.state, view, index.ntotal + 1) <= index.ntotal
 
     def _build(self, view: str) -> None:
-        recipe, _ = self.recipe(view)
+        index = self.made(self.recipe(view)[0], view)
+        index.save(self.path(view))
+        self._loaded[view] = index
+
+    def made(self, recipe: Recipe, view: str = VIEW) -> Index:
+        """An index of all that the catalog holds in `view`, which is not saved yet."""
         stamp = self._stamp()
-        self._loaded[view] = build(self.path(view), recipe, self._catalog.dim or 1, self._catalog.vectors(view=view), stamp)
+        index = build(self.path(view), recipe, self._catalog.dim or 1, self._catalog.vectors(view=view))
+        index.stamp = stamp
+        return index
+
+    def adopt(self, index: Index, recipe: Recipe, why: str) -> None:
+        """From now on this recipe, by which `index` was made, is the collection's; the index is saved."""
+        self._catalog.choose_recipe({"recipe": recipe.to_json(), "why": why})
+        if isinstance(index, MappedIndex):
+            index.search_as(recipe)
+        index.save(self.path())
+        self._loaded[VIEW] = index
+        self.sync()  # of the other views
 
     # what is said of them
 

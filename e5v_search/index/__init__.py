@@ -9,7 +9,7 @@ from e5v_search.index.base import Index, IndexDamaged, Stamp
 from e5v_search.index.flat import FlatIndex
 from e5v_search.index.library import faiss_problem
 from e5v_search.index.mapped import MappedIndex
-from e5v_search.index.recipe import KINDS, Recipe, by_size
+from e5v_search.index.recipe import KINDS, Recipe, by_size, read_recipe
 from e5v_search.index.sealed import read_facts
 from e5v_search.index.storage import build, load, read_stamp
 
@@ -26,5 +26,6 @@ __all__ = [
     "faiss_problem",
     "load",
     "read_facts",
+    "read_recipe",
     "read_stamp",
 ]

@@ -7,6 +7,7 @@ the next one overwrites it.
 import os
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,13 @@ def checksum(data: np.ndarray) -> int:
     for start in range(0, len(data), CHUNK):
         crc32 = zlib.crc32(data[start : start + CHUNK].data, crc32)
     return crc32
+
+
+def remove_files(path: Path, keep: Iterable[str | None] = ()) -> None:
+    """Remove the files of rows and codes beside `path`, but for those to `keep`. The caller holds the write lock."""
+    kept = set(keep)
+    for suffix in ("rows", "codes"):
+        for left in path.parent.glob(f"{path.name}.*.{suffix}"):
+            if left.name not in kept:
+                with suppress(OSError):  # where a mapped file cannot be removed, the next writer does it
+                    left.unlink()

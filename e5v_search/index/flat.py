@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from e5v_search.index import rows
+from e5v_search.index import column, rows
 from e5v_search.index.base import Found, Index, Places, Stamp, best, distinct, matrix
 from e5v_search.index.library import faiss_errors, library
 from e5v_search.index.sealed import CHUNK, IndexDamaged, sealing, unsealed
@@ -97,6 +97,7 @@ class FlatIndex(Index):
         facts = {"uid": self.stamp.uid, "state": self.stamp.state, "kind": KIND, "d": self.d, "ntotal": self.ntotal}
         with sealing(path, facts) as file, faiss_errors():
             faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write, CHUNK))
+        column.remove_files(path)  # those of an index of another kind that was there before
 
     @classmethod
     def load(cls, path: Path) -> Self:

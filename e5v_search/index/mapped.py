@@ -7,7 +7,6 @@ replacement makes everything new visible at once.
 
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -219,7 +218,7 @@ class MappedIndex(Index):
             file.write(self._scan.head)
             file.write(self._ids.tobytes())
             file.write(np.packbits(self._dead).tobytes())
-        remove_files(path, {self._rows_path.name, self._scan.facts.get("codes")})
+        column.remove_files(path, {self._rows_path.name, self._scan.facts.get("codes")})
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -236,19 +235,15 @@ class MappedIndex(Index):
         index.stamp = Stamp(facts["uid"], facts["state"])
         return index
 
+    def discard(self) -> None:
+        """Remove the files of an index that was built and is not wanted; it cannot be used any more."""
+        for name in (self._rows_path.name, self._scan.facts.get("codes")):
+            if name is not None:
+                self._path.with_name(name).unlink(missing_ok=True)
+
     def problems(self) -> list[str]:
         return self._scan.problems()
 
 
 def _stem(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-
-
-def remove_files(path: Path, keep: Iterable[str | None] = ()) -> None:
-    """Remove the files of rows and codes beside `path`, but for those to `keep`. The caller holds the write lock."""
-    kept = set(keep)
-    for suffix in ("rows", "codes"):
-        for left in path.parent.glob(f"{path.name}.*.{suffix}"):
-            if left.name not in kept:
-                with suppress(OSError):  # where a mapped file cannot be removed, the next writer does it
-                    left.unlink()

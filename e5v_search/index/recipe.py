@@ -4,6 +4,9 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from e5v_search.config import load_recipe, parse
+from e5v_search.errors import UsageError
+
 Kind = Literal["exact", "one-bit", "ivf", "hnsw"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
@@ -115,3 +118,12 @@ def by_size(n: int, d: int, memory: int, used: str | None = None) -> tuple[Recip
     if n * d <= limits[1] and codes_bytes(n, d) <= half:
         return Recipe("one-bit"), f"chosen by size: {numbers} take {codes_bytes(n, d) / 1e6:,.0f} MB in one bit each"
     return Recipe("ivf"), f"chosen by size: {numbers} are too many to be scanned, even in one bit each"
+
+
+def read_recipe(given: str) -> Recipe:
+    """The recipe of a kind's name, as the program has it, or of a TOML file. Raises UsageError with all that is wrong."""
+    if given in KINDS:
+        return parse(Recipe, {"kind": given}, given)
+    if not os.path.exists(given):
+        raise UsageError(f"{given} is neither a file nor one of: {', '.join(KINDS)}")
+    return load_recipe(Recipe, given)

@@ -47,7 +47,7 @@ def search_places(rows: Any, xq: np.ndarray, k: int, places: np.ndarray, names: 
     """Exactly the best k among the distinct `places`; D, and I as `names` (of all places) call them."""
     n, size = rows.ntotal, rows.code_size
     # to copy few rows is cheaper than to ask of each of all whether it is meant
-    if 16 * len(places) <= n and len(places) * size <= _GATHERED:
+    if 0 < 16 * len(places) <= n and len(places) * size <= _GATHERED:
         few = codes_of(rows)[places]
         of_few = view(quantiser(rows.d), few)
         return best(lambda width: search(of_few, xq, width), k, len(places), len(xq), names[places])
@@ -58,8 +58,8 @@ def search_places(rows: Any, xq: np.ndarray, k: int, places: np.ndarray, names: 
 
 def codes_of(rows: Any) -> np.ndarray:
     """The codes (n, code_size) uint8 of an index of flat codes, not copied."""
-    codes: np.ndarray = library().rev_swig_ptr(rows.codes.data(), rows.ntotal * rows.code_size).reshape(rows.ntotal, -1)
-    return codes
+    codes: np.ndarray = library().rev_swig_ptr(rows.codes.data(), rows.ntotal * rows.code_size)
+    return codes.reshape(rows.ntotal, rows.code_size)
 
 
 def decoded(rows: Any, start: int, stop: int) -> np.ndarray:

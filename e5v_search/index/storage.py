@@ -8,25 +8,19 @@ import numpy as np
 from e5v_search.index import flat
 from e5v_search.index.base import Index, Stamp
 from e5v_search.index.flat import FlatIndex
-from e5v_search.index.mapped import SCANS, MappedIndex, remove_files
+from e5v_search.index.mapped import SCANS, MappedIndex
 from e5v_search.index.recipe import Recipe
 from e5v_search.index.sealed import IndexDamaged, read_facts
 
 
-def build(path: Path, recipe: Recipe, d: int, blocks: Iterable[tuple[np.ndarray, np.ndarray]], stamp: Stamp) -> Index:
-    """Make the index of all `blocks` of (ids (n,), x (n, d) float16) and save it to `path`, in place of what is there.
+def build(path: Path, recipe: Recipe, d: int, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Index:
+    """The index of all `blocks` of (ids (n,), x (n, d) float16), to be saved to `path`; until then that stays as it is.
 
     Of an id that comes again the later row counts. Raises DiskFull, CollectionReadOnly, CollectionError.
     """
     if recipe.kind == "exact":
-        index: Index = FlatIndex.build(d, blocks)
-    else:
-        index = MappedIndex.build(path, recipe, d, blocks)
-    index.stamp = stamp
-    index.save(path)
-    if recipe.kind == "exact":
-        remove_files(path)
-    return index
+        return FlatIndex.build(d, blocks)
+    return MappedIndex.build(path, recipe, d, blocks)
 
 
 def load(path: Path) -> Index:
