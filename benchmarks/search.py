@@ -1,77 +1,262 @@
-"""The flat index: size, build, load, recall and latency, at several sizes.
+"""Index recipes by size: build, bytes, cold start, recall and latency, beside plain FAISS and numpy on the same vectors.
 
-    python benchmarks/search.py [--sizes 10000x256 100000x256 20000x4096]
+    python benchmarks/search.py [--sizes 10000x4096 100000x4096] [--kinds exact one-bit ivf hnsw] [--out search]
+    python benchmarks/search.py --collection 100000x4096
 
-Writes benchmarks/results/search.json and prints the rows of indexes/README.md.
+The second imports the vectors into a collection and asks it as `search --vectors` does. Writes benchmarks/results/*.json
+and prints the rows of indexes/README.md. Vectors are drawn: clusters in a space whose spectrum has a heavy tail.
 """
 
 import argparse
+import json
+import resource
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 from machine import save
 
-from e5v_search.index import Index
+from e5v_search import Collection
+from e5v_search.collection.importing import import_folder
+from e5v_search.collection.vectors import search_vectors
+from e5v_search.index import MappedIndex, Recipe, Stamp, build, load
+from e5v_search.index.recipe import KINDS
+
+NQ = 256
+BLOCK = 4096
+K = 100
 
 
-def unit(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
-    """Rows of low intrinsic dimension, so that neighbours mean something."""
-    x = rng.standard_normal((n, 32), dtype=np.float32) @ rng.standard_normal((32, d), dtype=np.float32)
-    x += 0.5 * rng.standard_normal((n, d), dtype=np.float32)
-    return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True))
-
-
-def milliseconds(run: Any, repeat: int) -> float:
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
-
-
-def measure(n: int, d: int) -> dict[str, Any]:
+def drawn(n: int, d: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """xb (n, d) float16, mapped from `path`, and xq (NQ, d) float32 of the same distribution; rows of length 1."""
     rng = np.random.default_rng(0)
-    xb, xq = unit(rng, n, d), unit(rng, 64, d)
+    spectrum = (np.arange(1, d + 1, dtype=np.float32) ** -0.4)[rng.permutation(d)]
+    centres = rng.standard_normal((max(n // 200, 20), d), dtype=np.float32) * spectrum
+
+    def some(m: int) -> np.ndarray:
+        x = centres[rng.integers(0, len(centres), m)] + 0.8 * spectrum * rng.standard_normal((m, d), dtype=np.float32)
+        return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True))
+
+    xb = np.lib.format.open_memmap(path, "w+", np.float16, (n, d))
+    for start in range(0, n, BLOCK):
+        xb[start : start + BLOCK] = some(min(BLOCK, n - start))
+    xb.flush()
+    return np.load(path, mmap_mode="r"), some(NQ)
+
+
+def nearest(xb: np.ndarray, xq: np.ndarray) -> np.ndarray:
+    """Positions (nq, K) by a float32 product, block by block."""
+    D = np.empty((len(xq), 0), np.float32)
+    I = np.empty((len(xq), 0), np.int64)  # noqa: E741
+    for start in range(0, len(xb), BLOCK):
+        scores = xq @ xb[start : start + BLOCK].astype(np.float32).T
+        D = np.concatenate([D, scores], axis=1)
+        I = np.concatenate([I, np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)], axis=1)  # noqa: E741
+        best = np.argpartition(-D, min(K, D.shape[1]) - 1, axis=1)[:, :K]
+        D, I = np.take_along_axis(D, best, axis=1), np.take_along_axis(I, best, axis=1)  # noqa: E741
+    return np.take_along_axis(I, np.argsort(-D, axis=1, kind="stable"), axis=1)
+
+
+def recall(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    return {
+        f"recall_at_{k}": round(
+            float(np.mean([len(set(a[:k]) & set(b[:k])) / k for a, b in zip(found, truth, strict=True)])), 4
+        )
+        for k in (1, 10, 100)
+    }
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def paired(one: Callable[[np.ndarray], Any], other: Callable[[np.ndarray], Any], xq: np.ndarray) -> dict[str, Any]:
+    """Milliseconds a query of both, asked in turn, so that both meet the same load: one by one, and 64 at once."""
+    times: dict[str, list[tuple[float, float]]] = {"1": [], "64": []}
+    one(xq[:1]), other(xq[:1])
+    for n in range(60):
+        x = xq[n % NQ][None]
+        times["1"].append((milliseconds(lambda x=x: one(x)), milliseconds(lambda x=x: other(x))))
+    for n in range(6):
+        x = np.roll(xq, 64 * n, axis=0)[:64]
+        times["64"].append((milliseconds(lambda x=x: one(x)) / 64, milliseconds(lambda x=x: other(x)) / 64))
+    result: dict[str, Any] = {}
+    for batch, pairs in times.items():
+        ours, plain = (statistics.median(side) for side in zip(*pairs, strict=True))
+        result |= {f"ms_batch_{batch}": round(ours, 3), f"faiss_ms_batch_{batch}": round(plain, 3)}
+        result[f"overhead_batch_{batch}"] = round(statistics.median(a / b for a, b in pairs) - 1, 3)
+    return result
+
+
+def plain(kind: str, index: Any, xb: np.ndarray) -> Callable[[np.ndarray], Any]:
+    """The same search in FAISS's own calls, all in memory; trained parts are taken from `index`, the vectors encoded anew."""
+    n, d = xb.shape
+    half = faiss.IndexScalarQuantizer(d, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    half.add_sa_codes(np.ascontiguousarray(xb).view(np.uint8))
+    if kind == "exact":
+        return lambda x: half.search(x, 10)
+    recipe, head = index.recipe, np.frombuffer(index._scan.head, np.uint8)
+    if kind == "hnsw":
+        graph = faiss.deserialize_index(head, faiss.IO_FLAG_SKIP_STORAGE)
+        graph.storage, graph.own_fields = half, False
+        walk = faiss.SearchParametersHNSW(efSearch=recipe.ef)
+        return lambda x, held=half: graph.search(x, 10, params=walk)
+    coarse = faiss.deserialize_index(head)
+    for start in range(0, n, BLOCK):
+        coarse.add(xb[start : start + BLOCK].astype(np.float32))
+    coarse.metric_type = faiss.METRIC_INNER_PRODUCT  # of the scores; IndexRefine wants the two to agree
+    refine = faiss.IndexRefine(coarse, half)
+    within: Any = faiss.RaBitQSearchParameters(qb=recipe.query_bits)
+    if kind == "ivf":
+        within = faiss.IVFRaBitQSearchParameters(nprobe=recipe.probes, qb=recipe.query_bits)
+    asked = faiss.IndexRefineSearchParameters(
+        k_factor=recipe.candidates / 10, base_index_params=faiss.SearchParametersPreTransform(index_params=within)
+    )
+    return lambda x: refine.search(x, 10, params=asked)
+
+
+COLD = """
+import json, sys, time
+from pathlib import Path
+import numpy as np
+import faiss
+from e5v_search.index import load
+xq = np.load(sys.argv[2])
+
+def kilobytes(what):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines[what].split()[0])
+
+before = kilobytes("VmHWM")
+start = time.perf_counter()
+index = load(Path(sys.argv[1]))
+opened = time.perf_counter()
+index.search(xq[:1], 10)
+first = time.perf_counter()
+for x in xq[1:65]:
+    index.search(x[None], 10)
+print(json.dumps({"open_ms": 1e3 * (opened - start), "first_ms": 1e3 * (first - opened),
+    "resident_mb": kilobytes("VmHWM") / 1e3, "of_that_before_mb": before / 1e3, "anonymous_mb": kilobytes("RssAnon") / 1e3}))
+"""
+
+
+def cold(path: Path, xq: np.ndarray) -> dict[str, float]:
+    """A fresh process that opens the index and asks it: pages of files that the system holds count as resident too."""
+    queries = path.with_name("xq.npy")
+    np.save(queries, xq)
+    done = subprocess.run([sys.executable, "-c", COLD, str(path), str(queries)], capture_output=True, text=True, check=True)
+    return {name: round(value, 1) for name, value in json.loads(done.stdout).items()}
+
+
+def measure(kind: str, xb: np.ndarray, xq: np.ndarray, truth: np.ndarray, folder: Path, beside_faiss: bool) -> dict[str, Any]:
+    n, d = xb.shape
+    path = folder / "index.faiss"
     ids = np.arange(n, dtype=np.int64)
     start = time.perf_counter()
-    index = Index.build(d, ((ids[i : i + 4096], xb[i : i + 4096].astype(np.float16)) for i in range(0, n, 4096)))
-    build = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "index.faiss"
-        index.save(path)
-        size = path.stat().st_size
-        load = milliseconds(lambda: Index.load(path), 3)
-    truth = np.argsort(-(xq @ xb.T), axis=1, kind="stable")[:, :10]
-    _, found = index.search(xq, 10)
-    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(truth, found, strict=True)])
-    return {
-        "n": n,
-        "d": d,
-        "file_mb": round(size / 1e6, 1),
-        "build_s": round(build, 2),
-        "load_ms": round(load, 1),
-        "recall_at_10": round(float(recall), 4),
-        "ms_batch_1": round(milliseconds(lambda: index.search(xq[:1], 10), 15), 2),
-        "ms_per_query_batch_64": round(milliseconds(lambda: index.search(xq, 10), 5) / 64, 2),
-    }
+    index = build(path, Recipe(kind), d, ((ids[i : i + BLOCK], xb[i : i + BLOCK]) for i in range(0, n, BLOCK)))
+    index.stamp = Stamp("benchmark", 1)
+    index.save(path)
+    seconds = time.perf_counter() - start
+    del index
+    files = {file.suffix.lstrip("."): file.stat().st_size for file in folder.glob("index.faiss*")}
+    index = load(path)
+    row: dict[str, Any] = {"n": n, "d": d, "kind": kind}
+    row |= {} if not isinstance(index, MappedIndex) else {"recipe": index.recipe.to_json()}
+    row |= {"build_s": round(seconds, 1), "mb": {name: round(size / 1e6, 1) for name, size in files.items()}}
+    row |= recall(index.search(xq, K)[1], truth) | cold(path, xq)
+    ours = lambda x: index.search(x, 10)  # noqa: E731
+    if beside_faiss:
+        row |= paired(ours, plain(kind, index, xb), xq)
+    else:
+        row |= {name: value for name, value in paired(ours, ours, xq).items() if name.startswith("ms")}
+    for file in folder.glob("index.faiss*"):
+        file.unlink()
+    return row
+
+
+def by_numpy(xb: np.ndarray, xq: np.ndarray) -> dict[str, Any]:
+    """The product with all vectors in float32, held in memory, and the ten largest."""
+    held = xb.astype(np.float32)
+
+    def brute(x: np.ndarray) -> np.ndarray:
+        return np.argpartition(-(x @ held.T), 10, axis=1)[:, :10]
+
+    one = statistics.median(milliseconds(lambda x=x: brute(x[None])) for x in xq[:15])
+    many = statistics.median(milliseconds(lambda: brute(xq[:64])) / 64 for _ in range(3))
+    return {"n": len(xb), "d": xb.shape[1], "kind": "numpy", "ms_batch_1": round(one, 3), "ms_batch_64": round(many, 3)}
+
+
+def recipes(size: str, kinds: list[str], folder: Path, beside_faiss: bool) -> Iterator[dict[str, Any]]:
+    n, d = map(int, size.split("x"))
+    xb, xq = drawn(n, d, folder / "vectors.npy")
+    truth = nearest(xb, xq)
+    if beside_faiss:
+        yield by_numpy(xb, xq)
+    for kind in kinds:
+        yield measure(kind, xb, xq, truth, folder, beside_faiss)
+
+
+def collection(size: str, folder: Path) -> dict[str, Any]:
+    """A collection made by `import`, asked as by `search --vectors`, beside plain FAISS and numpy."""
+    n, d = map(int, size.split("x"))
+    xb, xq = drawn(n, d, folder / "vectors.npy")
+    truth = nearest(xb, xq)
+    start = time.perf_counter()
+    import_folder(folder, folder / "c")
+    row: dict[str, Any] = {"n": n, "d": d, "import_s": round(time.perf_counter() - start, 1)}
+    with Collection.open(folder / "c", create=False) as c:
+        index = c.indexes.current()
+        row |= {"kind": index.kind, "mb": round(sum(f.stat().st_size for f in (folder / "c").iterdir()) / 1e6)}
+        found = np.array([[hit.id for hit in hits] for hits in search_vectors(c, xq, k=10)])
+        row["recall_at_10"] = recall(found, truth)["recall_at_10"]
+        row |= paired(lambda x: list(search_vectors(c, x, k=10)), plain("exact" if n <= 20_000 else "one-bit", index, xb), xq)
+    numpy = by_numpy(xb, xq)
+    row |= {f"numpy_{name}": numpy[name] for name in ("ms_batch_1", "ms_batch_64")}
+    return row | {f"numpy_by_ours_{b}": round(numpy[f"ms_batch_{b}"] / row[f"ms_batch_{b}"], 1) for b in (1, 64)}
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    columns = ("recall_at_1", "recall_at_10", "recall_at_100", "ms_batch_1", "ms_batch_64", "overhead_batch_1", "open_ms")
+    print("| vectors | kind | files MB | build s | " + " | ".join(columns) + " |")
+    for r in rows:
+        files = " + ".join(f"{value:,.0f} {name}" for name, value in r.get("mb", {}).items())
+        cells = [f"{r['n']:,} × {r['d']}", r["kind"], files, str(r.get("build_s", ""))]
+        print("| " + " | ".join([*cells, *(str(r.get(name, "")) for name in columns)]) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["10000x256", "100000x256", "20000x4096"])
+    parser.add_argument("--sizes", nargs="*", default=["10000x4096", "100000x4096"])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--collection")
+    parser.add_argument("--folder", type=Path, help="where there is room for the vectors; else the system's temporary folder")
+    parser.add_argument("--without-faiss", action="store_true", help="ours alone, in the memory that it takes alone")
+    parser.add_argument("--out", default="search")
     args = parser.parse_args()
-    rows = [measure(*map(int, size.split("x"))) for size in args.sizes]
-    print("| vectors | file MB | build s | load ms | recall@10 | ms at batch 1 | ms a query at batch 64 |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for r in rows:
-        cells = [f"{r['n']:,} × {r['d']}", *(str(r[key]) for key in list(r)[2:])]
-        print(f"| {' | '.join(cells)} |")
-    save("search", {"command": f"python benchmarks/search.py --sizes {' '.join(args.sizes)}", "rows": rows})
+    command = f"python benchmarks/search.py {' '.join(sys.argv[1:])}".strip()
+    rows: list[dict[str, Any]] = []
+    for size in [args.collection] if args.collection else args.sizes:
+        folder = Path(tempfile.mkdtemp(dir=args.folder))
+        try:
+            done = [collection(size, folder)] if args.collection else recipes(size, args.kinds, folder, not args.without_faiss)
+            for row in done:
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+        finally:
+            shutil.rmtree(folder)
+    table(rows)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    save(args.out, {"command": command, "threads": faiss.omp_get_max_threads(), "peak_mb": round(peak), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -59,7 +59,10 @@ def _searched(collection: Collection, xq: np.ndarray, k: int, where: filters.Fil
             found = list(zip(*index.search(unit, k + _GONE), strict=True))
         else:
             found = [narrow.search(index, catalog, row, k, where) for row in unit]
-        items = catalog.items({int(i) for _, ids in found for i in ids})
+        nearest = {i for _, ids in found for i in ids[:k].tolist()}
+        items = catalog.items(nearest)
+        if len(items) < len(nearest):
+            items |= catalog.items({i for _, ids in found for i in ids[k:].tolist()})
         ended = time.perf_counter()
         took = _took(loaded - began, (ended - loaded) / len(unit))
         for n, (D, ids) in enumerate(found, start=start):

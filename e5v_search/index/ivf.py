@@ -47,14 +47,15 @@ class Ivf(Scan):
     def _lists(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Codes (m, code_size) and positions (m,) of each list."""
         for size, start, stop in zip(self._sizes, self._offsets, self._offsets[1:], strict=False):
-            data = self._data[start:stop]
-            yield data[: stop - start - 8 * size].reshape(size, -1), np.frombuffer(data[stop - start - 8 * size :], np.int64)
+            ids = stop - 8 * size
+            yield self._data[start:ids].reshape(size, self._ivf.code_size), np.frombuffer(self._data[ids:stop], np.int64)
 
     def _as_lists(self) -> Any:
         faiss = library()
         lists = faiss.OnDiskInvertedLists()
         lists.nlist, lists.code_size, lists.filename = self._ivf.nlist, self._ivf.code_size, str(self.codes)
         lists.totsize, lists.read_only = int(self._offsets[-1]), True
+        lists.prefetch_nthread = 0  # to start threads takes longer than to search
         for size, start in zip(self._sizes.tolist(), self._offsets.tolist(), strict=False):
             one = faiss.OnDiskOneList()
             one.size = one.capacity = size
