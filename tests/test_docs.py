@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from command_line import follow_and_stop, write_opener, write_recipe
@@ -39,6 +40,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = (f"2019/{photo.name},{photo.stem.replace('-', ' ')}" for photo in SAMPLES[:6])
     (tmp_path / "Pictures/captions.csv").write_text("\n".join(["file,caption", *rows]))
     (tmp_path / "sentences.txt").write_text("a dog\na cat\n")
+    np.save(tmp_path / "sentences.npy", np.eye(4, 256, dtype=np.float32))
     (tmp_path / "captions.txt").write_text("a dog on the grass\ntwo children in the snow\n")
     (tmp_path / "Notes").mkdir()
     (tmp_path / "Notes/trip.md").write_text("# Trip\n\nWe went to the sea.\n")
