@@ -57,9 +57,7 @@ class _Asked:
         return [*self.inputs, *self.signed]
 
 
-def answer_all(
-    asks: Sequence[Ask], catalog: Catalog, indexes: Indexes, space: Space
-) -> list[Hits | E5VError]:
+def answer_all(asks: Sequence[Ask], catalog: Catalog, indexes: Indexes, space: Space) -> list[Hits | E5VError]:
     """The hits of each question, or why there are none; one that fails takes no other with it."""
     asked = []
     for ask in asks:

@@ -10,9 +10,9 @@ from e5v_search import filters
 from e5v_search.collection import narrow
 from e5v_search.collection.core import Collection
 from e5v_search.collection.importing import open_vectors
-from e5v_search.collection.report import Hit, Hits
 from e5v_search.errors import CollectionError, CollectionNotFound, QueryError, UsageError
 from e5v_search.filters import EVERYTHING
+from e5v_search.hits import Hit, Hits
 
 _BATCH = 64
 _GONE = 8  # ids more than asked for: the catalog may just have lost some of them
