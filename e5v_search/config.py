@@ -25,15 +25,19 @@ TILES = ("auto", "full", "base")
 
 @dataclasses.dataclass(frozen=True)
 class ModelChoice:
-    """A model, and how it is to run: what `Embedder.load` takes, as one value. Raises UsageError for no such `tiles`."""
+    """A model, and how it is to run: what `Embedder.load` takes, as one value. Raises UsageError for a bad `tiles` or `dim`."""
 
     name: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
     quantize: str | None = None
     tiles: str = "auto"
+    adapter: str | None = None
+    dim: int | None = None
 
     def __post_init__(self) -> None:
+        if self.dim is not None and self.dim < 1:
+            raise UsageError(f"dim must be 1 or more, not {self.dim}")
         if self.tiles not in TILES and not re.fullmatch("[1-9][0-9]{0,3}", self.tiles):
             raise UsageError(f"tiles must be one of {', '.join(TILES)}, or the most tiles of a picture, not {self.tiles!r}")
 

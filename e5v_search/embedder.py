@@ -33,9 +33,13 @@ class Fingerprint:
     backend: str = "pil"
     tiles: str = "auto"
     weights: str = "float"
+    adapter: str | None = None  # name@revision of what was merged into the model
+    dim: int | None = None  # of vectors that were cut
 
     def __str__(self) -> str:
-        return f"{self.model}@{self.revision[:12]}/{self.prompts}/{self.backend}/{self.tiles}/{self.weights}"
+        model = f"{self.model}@{self.revision[:12]}{f'+{self.adapter}' if self.adapter else ''}"
+        cut = "" if self.dim is None else f"/{self.dim}"
+        return f"{model}/{self.prompts}/{self.backend}/{self.tiles}/{self.weights}{cut}"
 
     def with_prompts(self, prompts: str) -> "Fingerprint":
         return self if self.prompts == NO_PROMPTS else replace(self, prompts=prompts)
@@ -52,19 +56,22 @@ class Word:
 class Embedder(Protocol):
     """One model. Embeddings are float32 arrays (n, dim) whose rows have length 1.
 
-    `name` is what was asked for, `quantize` how the weights are held, `tiles` how much is read of a picture.
+    `name` is what was asked for, `quantize` how the weights are held, `tiles` how much is read of a picture, `adapter` what
+    was asked to be merged into the model.
     """
 
     name: str
     dim: int
     quantize: str | None
     tiles: str
+    adapter: str | None
     made_by: Fingerprint
 
     @property
     def recalled_by(self) -> dict[str, Any]:
         """What a collection keeps, to load the model again: fields of `ModelChoice`."""
-        return {"name": self.name, "quantize": self.quantize, "tiles": self.tiles}
+        made_by = {"name": self.name, "quantize": self.quantize, "tiles": self.tiles}
+        return made_by | {"adapter": self.adapter, "dim": self.made_by.dim}
 
     @property
     def fingerprint(self) -> str:

@@ -21,7 +21,7 @@ from e5v_search.cli import cli
 from e5v_search.cli.printing import printable, size
 
 # not in any example: they speak for themselves, or the machine that runs the tests cannot serve them
-WITHOUT_EXAMPLE = {"--debug", "--help", "--quantize", "--revision", "--version"}
+WITHOUT_EXAMPLE = {"--adapter", "--debug", "--dim", "--help", "--quantize", "--revision", "--version"}
 ROOT = Path(__file__).parent.parent
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from e5v_search import Collection, media
 from e5v_search.backbones import Embedder
+from e5v_search.backbones.known import known_models
 from e5v_search.backbones.llava_next import LlavaNextEmbedder
-from e5v_search.backbones.registry import E5V, KNOWN
+from e5v_search.backbones.registry import E5V
 from e5v_search.errors import IncompleteCheckpoint, ModelError, NotAPicture, OutOfMemory, TextTooLong, UnknownModel, UsageError
 from e5v_search.prompts import LLAMA3_CHAT, MISTRAL_CHAT, PROMPT_SETS
 
@@ -393,7 +394,7 @@ def hub(folders: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    revision = KNOWN[E5V].revision
+    revision = known_models()[E5V].revision
     return Path(shutil.copytree(folders["llama"][0], tmp_path / f"models--royokong--e5-v/snapshots/{revision}"))
 
 

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from e5v_search.backbones.checkpoint import canonical
-from e5v_search.backbones.registry import E5V, KNOWN, TINY, choose
+from e5v_search.backbones.known import known_models
+from e5v_search.backbones.registry import E5V, TINY, choose
 
 GIB = 2**30
 
@@ -27,7 +28,7 @@ def test_auto_by_free_gpu_memory(free: float | None, model: str, quantize: str |
 
 
 def test_the_published_model_is_pinned_to_a_whole_commit() -> None:
-    revision = KNOWN[E5V].revision
+    revision = known_models()[E5V].revision
     assert revision is not None
     assert len(revision) == 40
 

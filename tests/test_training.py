@@ -66,7 +66,7 @@ def encoder(data: Data) -> BatchEncoder:
     tokenizer = train_tokenizer([c for cs in data.photos.captions for c in cs] * 5, 600)
     model = LlavaNext(tiny_recipe().model.config(tokenizer.encode(IMAGE, add_special_tokens=False).ids[0]))
     initialise(model, torch.Generator().manual_seed(0))
-    return BatchEncoder(model, PromptEncoder(tokenizer, model.config), max_text=8)
+    return BatchEncoder(model, PromptEncoder(tokenizer, model.config.text_config.wording, 1000), max_text=8)
 
 
 def logged(out: Path) -> list[dict[str, object]]:

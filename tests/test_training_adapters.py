@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from e5v_search.backbones import Embedder
+from e5v_search.backbones.adapters import CONFIG, WEIGHTS, read_adapter
 from e5v_search.errors import DiskFull, E5VError, IncompleteCheckpoint, ModelError, UsageError
 from e5v_search.prompts import LLAMA3_CHAT, MISTRAL_CHAT, PROMPT_SETS
-from e5v_search.training.adapters import CONFIG, WEIGHTS, load_adapter, read_adapter, save_adapter
+from e5v_search.training.adapters import load_adapter, save_adapter
 from e5v_search.training.merging import merge, save_weights
 from e5v_search.training.tuned import Lora, Parts, Tuned
 

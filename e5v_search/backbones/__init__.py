@@ -30,15 +30,19 @@ class Embedder(embedder.Embedder):
         dtype: str = "auto",
         quantize: str | None = None,
         tiles: str | int = "auto",
+        adapter: str | None = None,
+        dim: int | None = None,
     ) -> Self:
         """Load a model: "auto", a known name, a hub id (`owner/name@revision`) or a checkpoint folder.
 
         device auto/cpu/cuda/cuda:1/mps, dtype auto/float32/float16/bfloat16, quantize None, "4bit" or "8bit"
         (bitsandbytes), or "int8" (x86 processors). tiles: of a picture at high resolution, "auto" or "full" as many as the
         model was made for, a number at most so many, "base" none; the whole picture at low resolution is always read.
+        adapter: a LoRA adapter to merge into the model, a folder or a hub id. dim: the length that vectors are cut to, of
+        models that were trained for it.
         Raises UnknownModel, IncompleteCheckpoint, MissingPackage or another ModelError, UsageError.
         """
-        return cls.of(ModelChoice(model, device, dtype, quantize, str(tiles)))
+        return cls.of(ModelChoice(model, device, dtype, quantize, str(tiles), adapter, dim))
 
     @classmethod
     def of(cls, choice: ModelChoice) -> Self:
@@ -51,7 +55,7 @@ class Embedder(embedder.Embedder):
             choice = replace(choice, name=name, quantize=choice.quantize or quantize)
             print(line, file=sys.stderr)
         source = registry.resolve(choice.name)
-        family = registry.family(source.folder)
+        family = registry.family(source)
         if not issubclass(family, cls):
             raise ModelError(f"{source.folder} holds a model for {family.__name__}, not for {cls.__name__}")
         return family(source, choice)

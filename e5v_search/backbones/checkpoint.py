@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,9 @@ from e5v_search.backbones.config import LlavaNextConfig
 from e5v_search.backbones.int8 import Int8Linear, swap_linears
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.errors import IncompleteCheckpoint, MissingPackage, ModelError, UsageError
+
+if TYPE_CHECKING:
+    from e5v_search.backbones.adapters import Adapter
 
 QUANTIZE = ("4bit", "8bit", "int8")
 
@@ -117,11 +120,14 @@ def load_model(
     quantize: str | None = None,
     *,
     sees: bool = True,
+    adapter: "Adapter | None" = None,
 ) -> LlavaNext:
     """The model in evaluation mode, tensor by tensor onto `device`: the whole never stands in main memory twice.
 
     Without `sees` the model is its language model alone: nothing of the vision tower, the projector and the newline is read.
-    Raises IncompleteCheckpoint for missing or misshapen tensors, MissingPackage without bitsandbytes.
+    An adapter is added to the weights before they are quantised.
+    Raises IncompleteCheckpoint for missing or misshapen tensors, ModelError for an adapter of another model, MissingPackage
+    without bitsandbytes.
     """
     with torch.device("meta"):
         model = LlavaNext(config)
@@ -130,6 +136,8 @@ def load_model(
     if quantize is not None:
         _quantize_linears(model, quantize, device, dtype)
     wanted = dict(model.named_parameters())
+    if adapter is not None:
+        adapter.check_fits(wanted)
     # not wanted: lm_head, vision layers above the one that is read, rotary buffers of old checkpoints
     for key, tensor in _tensors(folder, lambda key: key in wanted):
         parameter = wanted.pop(key)
@@ -139,6 +147,7 @@ def load_model(
             raise IncompleteCheckpoint(
                 f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}"
             )
+        tensor = tensor if adapter is None else adapter.merged(key, tensor)
         _place(model, key, tensor.to(dtype), device)
     if wanted:
         names = sorted(wanted)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from e5v_search.backbones.tiles import Size
 from e5v_search.errors import ModelError
+from e5v_search.prompts import WORDINGS, Wording
 
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -49,6 +50,11 @@ class TextConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+
+    @property
+    def wording(self) -> Wording:
+        """How the models of the paper are spoken to that have this decoder."""
+        return WORDINGS["llama3" if self.model_type == "llama" else "mistral"]
 
     @property
     def max_tokens(self) -> int:

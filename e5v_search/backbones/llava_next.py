@@ -28,7 +28,6 @@ from e5v_search.config import ModelChoice
 from e5v_search.embedder import Fingerprint, Picture, Word
 from e5v_search.errors import MediaError, ModelError, TextTooLong
 from e5v_search.parallel import ahead, windows
-from e5v_search.prompts import load_prompts
 
 # preprocessing of CLIP ViT-L/14-336 as in llava-v1.6: what the published checkpoint means without saying it
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -90,28 +89,35 @@ def _content(picture: Picture) -> str | None:
         return None
 
 
-def _floats(hidden: Tensor) -> np.ndarray:
-    out: np.ndarray = hidden.float().cpu().numpy()
-    return out
-
-
 class LlavaNextEmbedder(Embedder):
     """`memory` keeps what the model saw of pictures for `embed_composed`; set its `limit` (bytes) or clear it at will."""
 
     def __init__(self, source: registry.Source, choice: ModelChoice) -> None:
         raw = checkpoint.read_json(source.folder / "config.json")
         config = LlavaNextConfig.from_json(raw)
-        self.name, self.quantize, self.folder = choice.name, choice.quantize, source.folder
+        text = config.text_config
+        self.name, self.quantize, self.adapter, self.folder = choice.name, choice.quantize, choice.adapter, source.folder
         self.device = checkpoint.pick_device(choice.device)
         # what int8 leaves in floats is little: it may as well be fast
-        large = 0 if self.quantize == "int8" else config.text_config.parameters
+        large = 0 if self.quantize == "int8" else text.parameters
         self.dtype = checkpoint.pick_dtype(choice.dtype, self.device, large)
-        self.encoder = PromptEncoder.read(source.folder, config)
+        self.encoder = PromptEncoder.read(source.folder, source.said(text.wording), text.max_tokens)
         spec, self._mean, self._std = preprocessing(source.folder, config)
         self.spec, self.tiles = spec.limited(choice.tiles)
-        self.model: LlavaNext = checkpoint.load_model(source.folder, config, self.device, self.dtype, self.quantize)
-        self.dim = config.text_config.hidden_size
-        self.made_by = Fingerprint(source.name, source.revision, tiles=self.tiles, weights=self.quantize or "float")
+        cut = source.cut(text.hidden_size, choice.dim)
+        self.dim = cut or text.hidden_size
+        adapter, adapter_name = source.adapter(choice.adapter) or (None, None)
+        self.model: LlavaNext = checkpoint.load_model(
+            source.folder, config, self.device, self.dtype, self.quantize, adapter=adapter
+        )
+        self.made_by = Fingerprint(
+            source.name,
+            source.revision,
+            tiles=self.tiles,
+            weights=self.quantize or "float",
+            adapter=adapter_name,
+            dim=cut,
+        )
         self.memory = PrefixMemory(default_limit(self.device))
         self.batches = Batches(self.device, self.memory.clear)
 
@@ -119,12 +125,12 @@ class LlavaNextEmbedder(Embedder):
 
     def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray:
         """Sentences -> (n, dim). TextTooLong names the first text that does not fit the model's context."""
-        ids = self.encoder.encode(load_prompts(prompts).get("text"), texts)
+        ids = self.encoder.ask("text", prompts, texts)
         return self._embed_plain(Row(row, None, self._fits(len(row), i)) for i, row in enumerate(ids))
 
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
         """Pictures (paths, encoded bytes or PIL images) -> (n, dim), read ahead in threads. MediaError names the picture."""
-        [ids] = self.encoder.encode(load_prompts(prompts).get("image"), [""])
+        [ids] = self.encoder.ask("image", prompts)
         return self._embed_plain(self._image_row(ids, tiles, i) for i, tiles in enumerate(ahead(self.open, images)))
 
     def embed_composed(
@@ -135,7 +141,7 @@ class LlavaNextEmbedder(Embedder):
         What the model saw of a picture is kept in `memory`: further changes to it, in this call or the next, cost their
         text alone. Within a call they need not even be kept when they stand side by side.
         """
-        ids = self.encoder.encode(load_prompts(prompts).get("composed"), [text for _, text in pairs])
+        ids = self.encoder.ask("composed", prompts, [text for _, text in pairs])
         parts = [self.encoder.around_image(row) for row in ids]
         wanted = zip((picture for picture, _ in pairs), (tuple(head) for head, _ in parts), strict=True)
         runs = [list(run) for _, run in groupby(wanted, lambda one: (_identity(one[0]), one[1]))]
@@ -153,14 +159,14 @@ class LlavaNextEmbedder(Embedder):
         return cut(image, self.spec, size)
 
     def embed_prepared(self, prepared: Sequence[Tiles], prompts: str = "retrieval") -> np.ndarray:
-        [ids] = self.encoder.encode(load_prompts(prompts).get("image"), [""])
+        [ids] = self.encoder.ask("image", prompts)
         return self._embed_plain(self._image_row(ids, tiles, i) for i, tiles in enumerate(prepared))
 
     def embed_views(self, prepared: Sequence[Tiles], views: Sequence[str]) -> np.ndarray:
         """Prepared pictures under the image prompts of several sets, from one pass over each -> (len(views), n, dim)."""
         if len(views) == 1:
             return self.embed_prepared(prepared, views[0])[None]
-        prompts = [self.encoder.around_image(self.encoder.encode(load_prompts(v).get("image"), [""])[0]) for v in views]
+        prompts = [self.encoder.around_image(self.encoder.ask("image", view)[0]) for view in views]
         rows = (
             self._continued(self._beginning(str(i), tuple(head), tiles), tail, i)
             for i, tiles in enumerate(prepared)
@@ -173,6 +179,8 @@ class LlavaNextEmbedder(Embedder):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
+        if self.made_by.dim is not None:
+            raise ModelError("cut vectors have no words: explain with a model that was loaded without --dim")
         return Vocabulary.read(self.folder)
 
     def nearest_words(self, x: np.ndarray, k: int = 10) -> list[list[Word]]:
@@ -273,7 +281,7 @@ class LlavaNextEmbedder(Embedder):
             else:
                 head, tail = self.encoder.around_image(row.ids)
                 inputs.append(torch.cat((self._words(head), next(pictures), self._words(tail))))
-        return _floats(self.model.last_hidden(inputs))
+        return self._floats(self.model.last_hidden(inputs))
 
     def _from_one_beginning(self, rows: Sequence[list[int]]) -> np.ndarray:
         """Texts begin alike, with the chat wrapper at least: that much is computed once."""
@@ -290,7 +298,11 @@ class LlavaNextEmbedder(Embedder):
 
     @torch.inference_mode()
     def _go_on(self, tails: Sequence[list[int]], prefixes: Sequence[Tensor] | None) -> np.ndarray:
-        return _floats(self.model.last_hidden([self._words(ids) for ids in tails], prefixes))
+        return self._floats(self.model.last_hidden([self._words(ids) for ids in tails], prefixes))
+
+    def _floats(self, hidden: Tensor) -> np.ndarray:
+        out: np.ndarray = hidden[:, : self.dim].float().cpu().numpy()
+        return out
 
     def _words(self, ids: Sequence[int]) -> Tensor:
         words: Tensor = self.model.language_model.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))

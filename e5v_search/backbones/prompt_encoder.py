@@ -8,21 +8,20 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from e5v_search.backbones import checkpoint
-from e5v_search.backbones.config import LlavaNextConfig
 from e5v_search.errors import IncompleteCheckpoint
-from e5v_search.prompts import IMAGE, LLAMA3_CHAT, MISTRAL_CHAT, SENTENCE
+from e5v_search.prompts import IMAGE, SENTENCE, Wording
 
 
 class PromptEncoder:
     """Prompt strings to token ids: the chat wrapper, the one image token, and text that cannot escape its place."""
 
-    def __init__(self, tokenizer: Tokenizer, config: LlavaNextConfig, bos: str | None = None) -> None:
-        """`bos`: a first token that the tokenizer may leave out."""
-        self.tokenizer = tokenizer
-        self.chat = LLAMA3_CHAT if config.text_config.model_type == "llama" else MISTRAL_CHAT
-        self.tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])  # no change where it is
-        self.image_id = self.id(IMAGE)
-        self.max_tokens = config.text_config.max_tokens
+    def __init__(
+        self, tokenizer: Tokenizer, wording: Wording, max_tokens: int, image: str = IMAGE, bos: str | None = None
+    ) -> None:
+        """image: the token that stands for a picture; bos: a first token that the tokenizer may leave out."""
+        self.tokenizer, self.wording, self.max_tokens = tokenizer, wording, max_tokens
+        self.tokenizer.add_special_tokens([AddedToken(image, special=True, normalized=False)])  # no change where it is
+        self.image_id = self.id(image)
         specials = (t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special)
         self.specials = sorted(specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, self.specials)))
@@ -30,11 +29,12 @@ class PromptEncoder:
         self._bos = [] if bos is None or added else [self.id(bos)]
 
     @classmethod
-    def read(cls, folder: Path, config: LlavaNextConfig) -> "PromptEncoder":
+    def read(cls, folder: Path, wording: Wording, max_tokens: int, image: str = IMAGE) -> "PromptEncoder":
         """Of a checkpoint folder."""
         settings = tokenizer_settings(folder)
         # LLaMA-3's tokenizer.json adds the first token itself; some Mistral files leave it to the library
-        return cls(load_tokenizer(folder), config, named(settings, "bos_token") if settings.get("add_bos_token") else None)
+        bos = named(settings, "bos_token") if settings.get("add_bos_token") else None
+        return cls(load_tokenizer(folder), wording, max_tokens, image, bos)
 
     def id(self, token: str) -> int:
         """Of a special token. IncompleteCheckpoint when the tokenizer has none such."""
@@ -43,15 +43,20 @@ class PromptEncoder:
             raise IncompleteCheckpoint(f"the tokenizer does not know {token!r}; download the model again")
         return token_id
 
-    def encode(self, prompt: str, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of `prompt` in the chat wrapper, once for each text.
+    def ask(self, kind: str, prompts: str, texts: Sequence[str] = ("",)) -> list[list[int]]:
+        """Ids of what the model reads for `kind` ("text", "image" or "composed") under a prompt set, once for each text.
 
         Special tokens that a user writes ("<image>", "<|eot_id|>") are broken by a blank and read as plain text.
+        Raises UsageError.
         """
-        return self.fill(self.chat.replace("{}", prompt), texts)
+        return self.fill(self.wording.template(kind, prompts), texts)
+
+    def encode(self, prompt: str, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of `prompt` in the chat wrapper, once for each text. See `ask`."""
+        return self.fill(self.wording.chat.replace("{}", prompt), texts)
 
     def fill(self, template: str, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of `template` as it stands, once for each text. See `encode`."""
+        """Ids of `template` as it stands, once for each text. See `ask`."""
         safe = [self._special.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) for text in texts]
         filled = [template.replace(SENTENCE, text) for text in safe]
         return [self._bos + encoding.ids for encoding in self.tokenizer.encode_batch(filled)]

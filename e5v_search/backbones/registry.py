@@ -1,91 +1,63 @@
-"""Models by name: what is known, where its files are, and which one `auto` means here."""
+"""Where a model's files are, of which family it is, and which model `auto` means here."""
 
+import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from e5v_search.backbones import Embedder
+from e5v_search.backbones import Embedder, adapters
+from e5v_search.backbones.adapters import Adapter, read_adapter
 from e5v_search.backbones.checkpoint import digest, read_json, shards
-from e5v_search.errors import IncompleteCheckpoint, ModelError, UnknownModel
+from e5v_search.backbones.known import FAMILIES, Known, known_models
+from e5v_search.errors import IncompleteCheckpoint, ModelError, UnknownModel, UsageError
+from e5v_search.prompts import Wording
 
 TINY = "e5v-tiny"
 E5V = "royokong/e5-v"
 BUNDLED = Path(__file__).parent.parent / "bundled"
-
-# model_type of a config.json -> (module here, class, what it is); a module is loaded with the first model of its family
-FAMILIES = {
-    "llava_next": ("llava_next", "LlavaNextEmbedder", "E5-V, LLaVA-1.6"),
-    "clip": ("two_towers", "TwoTowers", "CLIP"),
-    "siglip": ("two_towers", "TwoTowers", "SigLIP, SigLIP 2 of fixed resolution"),
-}
-
-
-@dataclass(frozen=True)
-class Known:
-    """A model that can be named. `revision` pins a hub id; memory in GiB for the weights alone."""
-
-    name: str
-    summary: str
-    dim: int
-    licence: str
-    revision: str | None = None
-    memory_16bit: float = 0.0
-    memory_4bit: float = 0.0
-
-
-KNOWN: dict[str, Known] = {
-    known.name: known
-    for known in (
-        Known(
-            TINY,
-            "bundled; small LLaVA-NeXT of our own, trained from scratch, for a laptop's processor",
-            256,
-            "research only: its training photos are for non-commercial research",
-            memory_16bit=0.03,
-        ),
-        Known(
-            E5V,
-            "the paper's model: LLaVA-NeXT on LLaMA-3 8B, tuned on text pairs alone",
-            4096,
-            "see its model card; built on LLaMA 3",
-            revision="0c1f22679417b3ae925d779442221c40cd1861ab",
-            memory_16bit=15.6,
-            memory_4bit=5.5,
-        ),
-        Known(
-            "llava-hf/llava-v1.6-mistral-7b-hf",
-            "LLaVA-NeXT on Mistral 7B, not tuned for retrieval (the paper's Table 8 before tuning)",
-            4096,
-            "Apache-2.0",
-            memory_16bit=14.1,
-            memory_4bit=4.9,
-        ),
-        Known(
-            "openai/clip-vit-large-patch14",
-            "CLIP, a baseline: one tower for pictures, one for texts",
-            768,
-            "see its model card",
-            memory_16bit=0.8,
-        ),
-        Known(
-            "google/siglip2-so400m-patch14-384",
-            "SigLIP 2, a baseline: one tower for pictures, one for texts",
-            1152,
-            "Apache-2.0",
-            memory_16bit=2.1,
-        ),
-    )
-}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's files on this machine. `name` and `revision` go into the fingerprint."""
+    """A model's files on this machine. `name` and `revision` go into the fingerprint; `known` is its declaration."""
 
     name: str
     revision: str
     folder: Path
+    known: Known | None = None
+
+    def said(self, family: Wording) -> Wording:
+        """How the model is spoken to, when its family is spoken to so."""
+        return family if self.known is None else self.known.said(family)
+
+    def cut(self, dim: int, wanted: int | None) -> int | None:
+        """What the model's vectors of `dim` numbers are to be cut to, if at all. UsageError when not trained for that."""
+        least = None if self.known is None else self.known.least_dim
+        name = self.folder if self.known is None else self.known.name
+        if wanted is None or wanted == dim:
+            return None
+        if least is None:
+            raise UsageError(
+                f"{name} is not known to be trained for shorter vectors than its {dim} numbers: leave --dim out "
+                "(a model of yours that was: declare it in models.toml, with least_dim)"
+            )
+        if not least <= wanted < dim:
+            raise UsageError(f"--dim {wanted}: vectors of {name} can have {least} to {dim} numbers")
+        return wanted
+
+    def adapter(self, asked: str | None) -> tuple[Adapter, str] | None:
+        """What is to be merged into the model, and what to call that: an adapter that is asked for, or that belongs to it."""
+        own = None if self.known is None else self.known.adapter
+        if asked and own:
+            raise UsageError(f"{self.name} is a model with an adapter in it already ({own}): leave --adapter out")
+        if not (where := asked or own):
+            return None
+        found = resolve_adapter(where)
+        return read_adapter(found.folder), f"{found.name}@{found.revision[:12]}"
 
 
 def resolve(model: str) -> Source:
@@ -93,32 +65,107 @@ def resolve(model: str) -> Source:
 
     Raises UnknownModel listing what is known, IncompleteCheckpoint, or ModelError when the hub cannot be reached.
     """
+    models = known_models()
     if model == TINY:
-        return Source(TINY, digest(BUNDLED / TINY), BUNDLED / TINY)
+        return Source(TINY, digest(BUNDLED / TINY), BUNDLED / TINY, models[TINY])
+    name, _, revision = model.partition("@")
+    known = models.get(name)
+    if known is None or Path(model).expanduser().is_dir():
+        return _found(model, list(models))
+    found = _found(known.hub or name, list(models), revision or known.revision)
+    if known.declaration is None:
+        return Source(name, found.revision, found.folder, known)
+    # other words to the same weights make another space
+    revision = hashlib.sha256(f"{found.revision} {known.declaration}".encode()).hexdigest()
+    return Source(name, revision, found.folder, known)
+
+
+def resolve_adapter(adapter: str) -> Source:
+    """Find an adapter: a folder, or a hub id with or without `@revision`. Raises what `resolve` does."""
+    folder = Path(adapter).expanduser()
+    if folder.is_dir():
+        return Source("local", adapters.digest(folder), folder)
+    if folder.is_absolute() or adapter.startswith((".", "~")) or not HUB_ID.fullmatch(adapter):
+        raise UnknownModel(f"no adapter {adapter}: give the folder of one (with {adapters.CONFIG}), or a hub id owner/name")
+    name, _, revision = adapter.partition("@")
+    return _from_hub(name, revision or None, [], adapters.check)
+
+
+def _found(model: str, known: list[str], revision: str | None = None) -> Source:
+    """A folder or a hub id."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return Source("local", digest(folder), folder)
     if folder.is_absolute() or model.startswith((".", "~")):
-        raise UnknownModel(f"no folder {model}: give an existing model folder or one of {', '.join(KNOWN)}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
-        name, _, revision = model.partition("@")
-        known = KNOWN.get(name)
-        return _from_hub(name, revision or (known.revision if known else None))
-    raise UnknownModel(f"unknown model {model!r}; known: {', '.join(KNOWN)}, any hub id owner/name, or a model folder")
+        raise UnknownModel(f"no folder {model}: give an existing model folder or one of {', '.join(known)}")
+    if HUB_ID.fullmatch(model):
+        name, _, asked = model.partition("@")
+        return _from_hub(name, asked or revision, known, shards)
+    raise UnknownModel(f"unknown model {model!r}; known: {', '.join(known)}, any hub id owner/name, or a model folder")
 
 
-def family(folder: Path) -> type[Embedder]:
-    """The class for a checkpoint folder. ModelError with the list of families for a model of none of them."""
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type not in FAMILIES:
-        known = "; ".join(f"{key} ({what})" for key, (_, _, what) in FAMILIES.items())
-        raise ModelError(f"{folder} holds a {model_type or 'nameless'!r} model; supported: {known}")
-    module, name, _ = FAMILIES[model_type]
-    found: type[Embedder] = getattr(import_module(f"e5v_search.backbones.{module}"), name)
+def family(source: Source) -> type[Embedder]:
+    """The class for a model. ModelError with the list of families for a model of none of them, or of another than declared."""
+    chosen = FAMILIES[family_name(source)]
+    found: type[Embedder] = getattr(import_module(f"e5v_search.backbones.{chosen.module}"), chosen.embedder)
     return found
 
 
-def _from_hub(name: str, revision: str | None) -> Source:
+def family_name(source: Source) -> str:
+    """The key in `FAMILIES`. See `family`."""
+    model_type = read_json(source.folder / "config.json").get("model_type")
+    if model_type not in FAMILIES:
+        known = "; ".join(f"{key} ({each.what})" for key, each in FAMILIES.items())
+        raise ModelError(f"{source.folder} holds a {model_type or 'nameless'!r} model; supported: {known}")
+    if source.known is not None and source.known.family != model_type:
+        raise ModelError(
+            f"{source.known.name} is declared as {source.known.family}, but {source.folder} holds a {model_type} model; "
+            f"set its family right{f' in {source.known.origin}' if source.known.origin else ''}"
+        )
+    return str(model_type)
+
+
+def describe(model: str) -> dict[str, Any]:
+    """All that is known of a model by its name, or of a checkpoint folder, without loading or fetching anything.
+
+    Raises UnknownModel, and for a folder what `family` does.
+    """
+    models = known_models()
+    if model not in models:
+        if not Path(model).expanduser().is_dir():
+            raise UnknownModel(f"nothing is known of {model!r}; known: {', '.join(models)}, or a checkpoint folder")
+        source = resolve(model)
+        of = family_name(source)
+        return {"name": model, "family": of, **_family_facts(of), "revision": source.revision, "here": True}
+    known = models[model]
+    told = asdict(known)
+    told["prompts"] = list(known.prompts)
+    told["memory_gib"] = {"16bit": told.pop("memory_16bit"), "4bit": told.pop("memory_4bit")}
+    told["words"] = None if (words := known.said(None)) is None else {k: v for k, v in asdict(words).items() if v}
+    return told | _family_facts(known.family) | {"here": _is_here(known)}
+
+
+def _family_facts(name: str) -> dict[str, Any]:
+    return {"models_of_it": FAMILIES[name].what, "pooling": FAMILIES[name].pooling, "normalised": True}
+
+
+def _is_here(known: Known) -> bool:
+    where = known.hub or known.name
+    folder = BUNDLED / where if where == TINY else Path(where).expanduser()
+    try:
+        if not folder.is_dir():
+            from huggingface_hub import try_to_load_from_cache
+
+            config = try_to_load_from_cache(where, "config.json", revision=known.revision)
+            if not isinstance(config, str):
+                return False
+            folder = Path(config).parent
+        return bool(shards(folder))
+    except IncompleteCheckpoint:
+        return False
+
+
+def _from_hub(name: str, revision: str | None, known: list[str], check: Callable[[Path], object]) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -126,16 +173,15 @@ def _from_hub(name: str, revision: str | None) -> Source:
     try:
         # a pinned snapshot that is complete in the cache needs no network
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
-        shards(folder)
+        check(folder)
         return Source(name, folder.name, folder)
     except (LocalEntryNotFoundError, IncompleteCheckpoint):
         pass
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except RepositoryNotFoundError:
-        raise UnknownModel(
-            f"the model hub has no {name!r} (or it is private: log in with `hf auth login`); known: {', '.join(KNOWN)}"
-        ) from None
+        others = f"; known: {', '.join(known)}" if known else ""
+        raise UnknownModel(f"the model hub has no {name!r} (or it is private: log in with `hf auth login`){others}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(

@@ -39,17 +39,21 @@ class TwoTowers(Embedder):
             raise UsageError(f"{choice.name} is a CLIP or SigLIP model, which is not quantised: leave --quantize out")
         if choice.tiles != "auto":
             raise UsageError(f"{choice.name} is a CLIP or SigLIP model, which reads pictures whole: leave --tiles out")
+        if choice.adapter is not None:
+            raise UsageError(f"{choice.name} is a CLIP or SigLIP model, which takes no adapter: leave --adapter out")
         raw = checkpoint.read_json(source.folder / "config.json")
-        self.name, self.quantize, self.tiles = choice.name, None, "auto"
+        self.name, self.quantize, self.tiles, self.adapter = choice.name, None, "auto", None
         self.device = checkpoint.pick_device(choice.device)
         self.dtype = checkpoint.pick_dtype(choice.dtype, self.device)
         self.model = _load(source.folder, _MODELS[raw["model_type"]], self.device, self.dtype)
         config = self.model.config
         siglip = raw["model_type"] == "siglip"
-        self.dim: int = config.text_config.projection_size if siglip else config.projection_dim
+        whole: int = config.text_config.projection_size if siglip else config.projection_dim
+        cut = source.cut(whole, choice.dim)
+        self.dim = cut or whole
         self.tokens = TextTokens(source.folder, config.text_config.max_position_embeddings, siglip)
         self.pixels = Pixels.read(source.folder, config.vision_config.image_size, square=siglip)
-        self.made_by = Fingerprint(source.name, source.revision, prompts=NO_PROMPTS, tiles="none")
+        self.made_by = Fingerprint(source.name, source.revision, prompts=NO_PROMPTS, tiles="none", dim=cut)
         self.batches = Batches(self.device, relieve=lambda: 0)
         self._patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
 
@@ -107,12 +111,16 @@ class TwoTowers(Embedder):
         # CLIP reads its first end token and sees nothing behind it; SigLIP's rows are all of one length
         rows = [torch.tensor(ids) for ids in batch]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokens.pad_id)
-        return _pooled(self.model.get_text_features(input_ids=ids.to(self.device)))
+        return self._pooled(self.model.get_text_features(input_ids=ids.to(self.device)))
 
     @torch.inference_mode()
     def _images(self, batch: Sequence[np.ndarray]) -> np.ndarray:
         pixels = self.pixels.normalised(torch.from_numpy(np.stack(batch)).to(self.device))
-        return _pooled(self.model.get_image_features(pixel_values=pixels.to(self.dtype)))
+        return self._pooled(self.model.get_image_features(pixel_values=pixels.to(self.dtype)))
+
+    def _pooled(self, features: Any) -> np.ndarray:
+        out: np.ndarray = features.pooler_output[:, : self.dim].float().cpu().numpy()
+        return out
 
 
 class TextTokens:
@@ -144,11 +152,6 @@ class TextTokens:
             return text  # the tokenizer itself does what CLIP's texts need
         text = text.lower()
         return re.sub(r"\s+", " ", text.translate(str.maketrans("", "", self._drop))).strip() if self._drop else text
-
-
-def _pooled(features: Any) -> np.ndarray:
-    out: np.ndarray = features.pooler_output.float().cpu().numpy()
-    return out
 
 
 def _load(folder: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Any:

@@ -13,6 +13,7 @@ from e5v_search.cli.options import (
     collection_option,
     debug_option,
     examples,
+    instruction_option,
     json_option,
     model_options,
     prompts_option,
@@ -57,6 +58,7 @@ def _space(collection: str, choice: "ModelChoice") -> "Iterator[tuple[Space, Col
         "e5v-search ask --positive 'a wild animal' --negative 'a domestic animal' -c holidays -k 3",
         "e5v-search ask --positive snow --negative sand --where orientation=landscape --json",
         "e5v-search ask --positive snow --negative sand cat.jpg --prompts retrieval",
+        "e5v-search ask --positive night --negative day --instruction 'What time of day is it, in one word:'",
         "e5v-search ask --positive snow --negative sand cat.jpg --model e5v-tiny --device cpu --dtype float32 --tiles full",
     )
 )
@@ -66,6 +68,7 @@ def _space(collection: str, choice: "ModelChoice") -> "Iterator[tuple[Space, Col
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many results.")
 @where_option
 @prompts_option
+@instruction_option
 @collection_option
 @model_options
 @json_option
@@ -116,11 +119,13 @@ def ask(
     epilog=examples(
         "e5v-search compare dog.jpg cat.jpg 'text:a dog' 'text:a cat'",
         "e5v-search compare 1 2 -c holidays --json",
+        "e5v-search compare dog.jpg cat.jpg --instruction 'What colour is it, in one word:'",
         "e5v-search compare dog.jpg cat.jpg --prompts cirr --model e5v-tiny --device cpu --dtype float32 --tiles full",
     )
 )
 @click.argument("inputs", nargs=-1, required=True, metavar="FILE|ITEM_ID|text:TEXT...")
 @prompts_option
+@instruction_option
 @collection_option
 @model_options
 @json_option
@@ -163,6 +168,7 @@ def _label(argument: str) -> str:
         "e5v-search explain dog.jpg",
         "e5v-search explain 'text:two dogs play in the snow' -k 5 --json",
         "e5v-search explain dog.jpg --modify 'make it a cat' --prompts cirr",
+        "e5v-search explain dog.jpg --instruction 'What colour is it, in one word:'",
         "e5v-search explain 1 'text:a dog' -c holidays",
         "e5v-search explain dog.jpg --model e5v-tiny --device cpu --dtype float32 --tiles full",
     )
@@ -172,6 +178,7 @@ def _label(argument: str) -> str:
 @click.option("--modify", metavar="TEXT", help="With a picture: read it changed like this.")
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many words.")
 @prompts_option
+@instruction_option
 @collection_option
 @model_options
 @json_option

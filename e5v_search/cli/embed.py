@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from e5v_search.cli.options import debug_option, examples, json_option, model_options, quiet_option
+from e5v_search.cli.options import debug_option, examples, instruction_option, json_option, model_options, quiet_option
 from e5v_search.cli.output import reserved
 from e5v_search.cli.printing import print_json, printable, shown_path
 from e5v_search.cli.progress import Progress
@@ -19,6 +19,7 @@ from e5v_search.config import ModelChoice
         "e5v-search embed --texts captions.txt --out texts.npy",
         "e5v-search embed --images photos dog.jpg --out images.npy --json --quiet",
         "e5v-search embed --composed changes.jsonl --out changed.npy --prompts cirr",
+        "e5v-search embed --images photos --out colours.npy --instruction 'What colour is it, in one word:'",
         "e5v-search embed --texts captions.txt --out texts.npy --model e5v-tiny --device cpu --dtype float32 --tiles full",
     )
 )
@@ -35,6 +36,7 @@ from e5v_search.config import ModelChoice
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.npy", help="Where to write."
 )
 @click.option("--prompts", metavar="SET|FILE.toml", help="The prompt set; else retrieval, for --composed cirr.")
+@instruction_option
 @model_options
 @json_option
 @quiet_option

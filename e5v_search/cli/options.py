@@ -1,5 +1,6 @@
 """Options that several commands share, worded once."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
@@ -41,6 +42,29 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 prompts_option = click.option(
     "--prompts", metavar="SET|FILE.toml", help="Another prompt set for what is asked: a known one, or a file of your own."
 )
+
+
+def instruction_option(command: Callable[..., R]) -> Callable[..., R]:
+    """--instruction, for a command that has --prompts: it reaches the command as a prompt set."""
+
+    @wraps(command)
+    def with_prompts(*args: Any, instruction: str | None, prompts: str | None, **keywords: Any) -> R:
+        if instruction is not None:
+            from e5v_search.prompts import INSTRUCTED, load_prompts
+
+            if prompts is not None:
+                raise click.UsageError("--instruction takes the place of --prompts: give one of them")
+            prompts = f"{INSTRUCTED}{instruction}"
+            load_prompts(prompts)
+        return command(*args, prompts=prompts, **keywords)
+
+    return click.option(
+        "--instruction",
+        metavar="TEXT",
+        help="What to ask of every input in place of --prompts, as 'What colour is it:'.",
+    )(with_prompts)
+
+
 where_option = click.option(
     "--where",
     multiple=True,
@@ -78,15 +102,19 @@ _MODEL_OPTIONS = (
         metavar="auto|full|base|N",
         help="How much is read of a picture: all tiles (full), none but the small whole (base), or at most N besides it.",
     ),
+    click.option("--adapter", metavar="DIR|ID", help="A LoRA adapter to merge into the model: a folder, or a hub id."),
+    click.option("--dim", type=click.IntRange(min=1), help="Cut vectors to so many numbers (models trained for it)."),
 )
 
 
 def model_options(command: Callable[..., R]) -> Callable[..., R]:
-    """--model, --device, --dtype, --quantize and --tiles, as one keyword: `choice`, a `ModelChoice`."""
+    """Which model, and how it runs, as one keyword: `choice`, a `ModelChoice`."""
+    names = [option.name for option in dataclasses.fields(ModelChoice)]
 
     @wraps(command)
-    def with_choice(*args: Any, model: str, device: str, dtype: str, quantize: str | None, tiles: str, **keywords: Any) -> R:
-        return command(*args, choice=ModelChoice(model, device, dtype, quantize, tiles), **keywords)
+    def with_choice(*args: Any, model: str, **keywords: Any) -> R:
+        how = {name: keywords.pop(name) for name in names if name in keywords}
+        return command(*args, choice=ModelChoice(model, **how), **keywords)
 
     for option in reversed(_MODEL_OPTIONS):
         with_choice = option(with_choice)

@@ -12,6 +12,7 @@ from e5v_search.cli.options import (
     collection_option,
     debug_option,
     examples,
+    instruction_option,
     json_option,
     model_options,
     prompts_option,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         "e5v-search search a red car --paths -0 | xargs -0 ls -l",
         "e5v-search search a red car --csv -c holidays --prompts retrieval > found.csv",
         "e5v-search search --vectors sentences.npy -k 3 --json > found.jsonl",
+        "e5v-search search at night --instruction 'What time of day is it, in one word:'",
         "e5v-search search a red car --model e5v-tiny --device cpu --dtype float32 --tiles full --allow-mismatch",
     )
 )
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
 @click.option("--open", "open_it", is_flag=True, help="Open the best result with the program that the system has for it.")
 @click.option("--explain", is_flag=True, help="Say the words of the model's vocabulary that query and result share.")
 @prompts_option
+@instruction_option
 @collection_option
 @model_options
 @click.option("--no-service", is_flag=True, help="Do not ask the `serve` that may run for this collection.")

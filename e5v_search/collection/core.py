@@ -138,14 +138,15 @@ class Collection:
             return choice
         quantize = choice.quantize or (made_by["quantize"] if choice.name == "auto" else None)
         tiles = made_by.get("tiles", "auto") if choice.tiles == "auto" else choice.tiles
-        return replace(choice, name=made_by["name"], quantize=quantize, tiles=tiles)
+        adapter, dim = choice.adapter or made_by.get("adapter"), choice.dim or made_by.get("dim")
+        return replace(choice, name=made_by["name"], quantize=quantize, tiles=tiles, adapter=adapter, dim=dim)
 
     def _check_fingerprint(self, embedder: Embedder) -> None:
         if self._bound not in (None, embedder.fingerprint) and not self._allow_mismatch:
             raise FingerprintMismatch(
                 f"collection {self.path} was made by {self._bound}, but the model here is {embedder.fingerprint}: their "
-                "vectors do not compare. Leave --model, --quantize and --tiles away to use the collection's own, take another "
-                "collection with -c, or, for a search, insist with --allow-mismatch"
+                "vectors do not compare. Leave --model, --quantize, --tiles, --adapter and --dim away to use what made it, "
+                "take another collection with -c, or, for a search, insist with --allow-mismatch"
             )
 
     # writing
@@ -275,7 +276,8 @@ class Collection:
         if made_by is None or choice is None:
             return
         wanted = self._resolve(choice)
-        if (wanted.name, wanted.quantize, wanted.tiles) != (made_by["name"], made_by["quantize"], made_by.get("tiles", "auto")):
+        made = ModelChoice(wanted.name, wanted.device, wanted.dtype, wanted.quantize)
+        if wanted != replace(made, **made_by):
             self.embedder()
 
     def forget(self, paths: Sequence[str | os.PathLike[str]]) -> int:

@@ -68,7 +68,8 @@ def train(recipe: Recipe, data: Data, out: Path, say: Say, on_step: OnStep | Non
     torch.manual_seed(recipe.seed)
     model = LlavaNext(recipe.model.config(tokenizer.encode(IMAGE, add_special_tokens=False).ids[0]))
     initialise(model, torch.Generator().manual_seed(recipe.seed))
-    encoder = BatchEncoder(model, PromptEncoder(tokenizer, model.config))
+    text = model.config.text_config
+    encoder = BatchEncoder(model, PromptEncoder(tokenizer, text.wording, text.max_tokens))
     taught = None
     if recipe.teacher:
         width = recipe.model.decoder.width

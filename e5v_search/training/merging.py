@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from e5v_search.backbones import checkpoint, registry
+from e5v_search.backbones.adapters import read_adapter
 from e5v_search.backbones.config import LlavaNextConfig
 from e5v_search.errors import ModelError, UsageError
 from e5v_search.training import shards
-from e5v_search.training.adapters import read_adapter
 from e5v_search.training.export import image_processor, write_processor
 from e5v_search.training.tuned import Tuned
 from e5v_search.training.whole import new_folder, replacing, write_json
@@ -42,7 +42,7 @@ def merge(base: str, adapter: Path, out: Path) -> None:
     source, found = registry.resolve(base), read_adapter(adapter)
 
     def new(name: str, old: Tensor) -> Tensor:
-        return (old.float() + found.change(name.removesuffix(".weight"))).to(old.dtype)
+        return found.merged(name, old).to(old.dtype)
 
     shapes = {f"{layer}.weight": (len(b), a.shape[1]) for layer, (a, b) in found.factors.items()}
     _write_tuned(source, out, Change(shapes, new), f"the adapter `{adapter.name}` merged into it")
@@ -137,8 +137,7 @@ def _companions(folder: Path) -> list[Path]:
 def card_text(source: registry.Source, name: str, how: str) -> str:
     """A model card: what the weights are, and whose licence holds."""
     base = source.folder.name if source.name == "local" else source.name
-    known = registry.KNOWN.get(source.name)
-    licence = f" ({known.licence})" if known else ""
+    licence = f" ({source.known.licence})" if source.known else ""
     return (
         f"# {name}\n\n`{base}` at revision `{source.revision}` with {how}, by e5v-search.\n\n"
         f"The weights are derived from those of `{base}`: its licence{licence} holds for them too, and that of the data "

@@ -12,7 +12,7 @@ from e5v_search.backbones.prompt_encoder import PromptEncoder
 def plain_ids(prompts: PromptEncoder, prompt: str, sentences: Sequence[str]) -> list[list[int]]:
     """`prompts.encode`, but underscores become blanks after wrapping, which turns special tokens into plain text, and the
     blank end of the wrapper is cut off."""
-    return prompts.fill(prompts.chat.replace("{}", prompt).replace("_", " ").strip(), sentences)
+    return prompts.fill(prompts.wording.chat.replace("{}", prompt).replace("_", " ").strip(), sentences)
 
 
 def attended(decoder: TextDecoder, ids: Sequence[list[int]], pad: int) -> Tensor:

@@ -40,7 +40,8 @@ def export_sentence_transformers(model: str, out: Path, prompts: str = "retrieva
     """
     source, chosen = registry.resolve(model), load_prompts(prompts)
     config = LlavaNextConfig.from_json(checkpoint.read_json(source.folder / "config.json"))
-    template = _template(PromptEncoder.read(source.folder, config), chosen)
+    wording = source.said(config.text_config.wording)
+    template = _template(PromptEncoder.read(source.folder, wording, config.text_config.max_tokens), chosen)
     with new_folder(out) as folder:
         write_model(source, folder, Change({}, lambda _, old: old))
         for path, _ in _MODULES[1:]:
@@ -71,7 +72,7 @@ def export_sentence_transformers(model: str, out: Path, prompts: str = "retrieva
 
 def _template(encoder: PromptEncoder, prompts: PromptSet) -> str:
     """In Jinja: a message's texts and whether it holds a picture choose the prompt."""
-    before, _, after = encoder.chat.partition("{}")
+    before, _, after = encoder.wording.chat.partition("{}")
     text, image, composed = (_filled(prompts, kind) for kind in ("text", "image", "composed"))
     return "".join(
         (

@@ -68,7 +68,8 @@ class Tuned:
         quirks: Quirks,
     ) -> None:
         self.source, self.model, self.parts, self.dtype, self.lora, self.quirks = source, model, parts, dtype, lora, quirks
-        self.encoder = BatchEncoder(model, PromptEncoder.read(source.folder, model.config))
+        text = model.config.text_config
+        self.encoder = BatchEncoder(model, PromptEncoder.read(source.folder, source.said(text.wording), text.max_tokens))
         self.device = self.encoder.device
         self.spec: TileSpec
         self.spec, mean, std = preprocessing(source.folder, model.config)
