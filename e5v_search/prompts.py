@@ -233,7 +233,7 @@ WORDINGS: dict[str, Wording] = {
     "llama3": Wording(LLAMA3_CHAT),
     "mistral": Wording(MISTRAL_CHAT),
     "phi3": Wording("<|user|>\n{}<|end|>\n<|assistant|>\n", "<|image_1|>"),
-    "chatml": Wording("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"),
+    "llava-onevision": Wording("<|im_start|>user {}<|im_end|><|im_start|>assistant\n"),
     "qwen2-vl": Wording(_SYSTEM, _QWEN_PICTURE, instructions=_ASSISTANT),
     "gme": Wording(f"{_SYSTEM}<|endoftext|>", _QWEN_PICTURE, **_BARE, instructions=_ASSISTANT),
     "qwen3-vl-embedding": Wording(

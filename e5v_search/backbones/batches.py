@@ -51,8 +51,14 @@ class Batches:
         self, rows: Iterable[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[np.ndarray]], dim: int
     ) -> np.ndarray:
         """`forward` of all rows, taken a window at a time -> (n, dim), normalised."""
+        return unit(self.raw(rows, length, forward, dim))
+
+    def raw(
+        self, rows: Iterable[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[np.ndarray]], dim: int
+    ) -> np.ndarray:
+        """As `embed`, not normalised."""
         vectors = [vector for window in windows(rows, WINDOW) for vector in self.run(window, length, forward)]
-        return unit(np.stack(vectors)) if vectors else np.empty((0, dim), np.float32)
+        return np.stack(vectors) if vectors else np.empty((0, dim), np.float32)
 
     def _halving(self, batch: list[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[R]]) -> list[R]:
         try:

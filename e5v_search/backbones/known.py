@@ -27,6 +27,9 @@ class Family(NamedTuple):
 # by the model_type of a config.json
 FAMILIES = {
     "llava_next": Family("llava_next", "LlavaNextEmbedder", "E5-V, LLaVA-1.6", "last token"),
+    "qwen2_vl": Family("qwen_vl", "Qwen2VL", "Qwen2-VL: GME, VLM2Vec-V2", "last token"),
+    "qwen3_vl": Family("qwen_vl", "Qwen3VL", "Qwen3-VL: Qwen3-VL-Embedding", "last token"),
+    "llava_onevision": Family("llava_onevision", "LlavaOnevision", "LLaVA-OneVision: UniME, UniME-V2", "last token"),
     "clip": Family("two_towers", "TwoTowers", "CLIP", "the towers' own"),
     "siglip": Family("two_towers", "TwoTowers", "SigLIP, SigLIP 2 of fixed resolution", "the towers' own"),
 }

@@ -113,10 +113,12 @@ def family(source: Source) -> type[Embedder]:
 
 def family_name(source: Source) -> str:
     """The key in `FAMILIES`. See `family`."""
-    model_type = read_json(source.folder / "config.json").get("model_type")
+    config = read_json(source.folder / "config.json")
+    model_type = config.get("model_type")
     if model_type not in FAMILIES:
         known = "; ".join(f"{key} ({each.what})" for key, each in FAMILIES.items())
-        raise ModelError(f"{source.folder} holds a {model_type or 'nameless'!r} model; supported: {known}")
+        own = "; code of its author, which it brings, is not run" if "auto_map" in config else ""
+        raise ModelError(f"{source.folder} holds a {model_type or 'nameless'!r} model; supported: {known}{own}")
     if source.known is not None and source.known.family != model_type:
         raise ModelError(
             f"{source.known.name} is declared as {source.known.family}, but {source.folder} holds a {model_type} model; "

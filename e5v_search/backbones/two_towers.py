@@ -8,19 +8,16 @@ is how these models are evaluated.
 
 import re
 import string
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
-from safetensors import SafetensorError
 
 from e5v_search import media
-from e5v_search.backbones import Embedder, checkpoint, registry
+from e5v_search.backbones import Embedder, checkpoint, library, registry
 from e5v_search.backbones.batches import Batches, unit
 from e5v_search.backbones.pixels import Pixels
 from e5v_search.backbones.prompt_encoder import load_tokenizer
@@ -31,6 +28,7 @@ from e5v_search.errors import IncompleteCheckpoint, ModelError, UsageError
 from e5v_search.parallel import ahead
 
 _MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
+_OF_THE_LOSS = ("logit_scale", "logit_bias")  # temperature and bias of the training
 
 
 class TwoTowers(Embedder):
@@ -45,7 +43,7 @@ class TwoTowers(Embedder):
         self.name, self.quantize, self.tiles, self.adapter = choice.name, None, "auto", None
         self.device = checkpoint.pick_device(choice.device)
         self.dtype = checkpoint.pick_dtype(choice.dtype, self.device)
-        self.model = _load(source.folder, _MODELS[raw["model_type"]], self.device, self.dtype)
+        self.model = library.load(source.folder, _MODELS[raw["model_type"]], self.device, self.dtype, expendable=_OF_THE_LOSS)
         config = self.model.config
         siglip = raw["model_type"] == "siglip"
         whole: int = config.text_config.projection_size if siglip else config.projection_dim
@@ -152,37 +150,3 @@ class TextTokens:
             return text  # the tokenizer itself does what CLIP's texts need
         text = text.lower()
         return re.sub(r"\s+", " ", text.translate(str.maketrans("", "", self._drop))).strip() if self._drop else text
-
-
-def _load(folder: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """transformers' model in evaluation mode. IncompleteCheckpoint for missing, damaged or misshapen tensors."""
-    checkpoint.shards(folder)
-    try:
-        with _quiet():
-            model, found = getattr(transformers, kind).from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise IncompleteCheckpoint(f"{folder} cannot be loaded ({reason}); download the model again") from error
-    # temperature and bias of the training loss: no embedding depends on them
-    if missing := sorted(set(found["missing_keys"]) - {"logit_scale", "logit_bias"}):
-        raise IncompleteCheckpoint(
-            f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; download the model again"
-        )
-    return model.requires_grad_(False).eval().to(device)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar and its report of tensors: what is amiss is raised."""
-    log = transformers.utils.logging
-    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bar:
-            log.enable_progress_bar()

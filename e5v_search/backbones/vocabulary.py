@@ -22,6 +22,7 @@ from e5v_search.errors import UsageError
 
 _ROWS = 256  # of the vocabulary, float32 at a time, so few that a processor's cache holds them
 _VECTORS = 64
+_ROWS_OF_WORDS = ("lm_head.weight", "language_model.embed_tokens.weight", "embed_tokens.weight")
 
 
 class Vocabulary:
@@ -50,7 +51,7 @@ class Vocabulary:
     @classmethod
     def read(cls, folder: Path) -> "Vocabulary":
         """Of a checkpoint folder. Raises IncompleteCheckpoint."""
-        return cls(read_tensor(folder, "lm_head.weight", "language_model.embed_tokens.weight"), load_tokenizer(folder))
+        return cls(read_tensor(folder, *_ROWS_OF_WORDS), load_tokenizer(folder))
 
     def nearest(self, x: np.ndarray, k: int = 10) -> list[list[Word]]:
         """Embeddings (n, dim) of any length and precision -> the k words nearest to each: whole ones first, then by score."""
