@@ -1,6 +1,8 @@
-"""Qwen2-VL, Qwen3-VL and LLaVA-OneVision against transformers' whole models and PIL processors, one input at a time."""
+"""Qwen2-VL, Qwen3-VL and LLaVA-OneVision against transformers' whole models and PIL processors, Phi-3-vision against its
+description step by step; one input at a time."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-from vision_models import KINDS, SENTENCES, Library
+from vision_models import KINDS, SENTENCES, Library, independent
 
 from e5v_search.backbones import Embedder
 from e5v_search.backbones.llava_next import LlavaNextEmbedder
 from e5v_search.backbones.llava_onevision import LlavaOnevision
+from e5v_search.backbones.phi3_v import Phi3V
 from e5v_search.backbones.qwen_vl import Bounds, Qwen2VL, Qwen3VL
 from e5v_search.backbones.vision_language import VisionLanguage
 from e5v_search.errors import IncompleteCheckpoint, ModelError, NotAPicture, OutOfMemory, TextTooLong, UsageError
@@ -27,7 +30,7 @@ from e5v_search.prompts import WORDINGS
 
 SAMPLES = sorted((Path(__file__).parent.parent / "e5v_search/samples").glob("*.*g"))
 SIZES = [(28, 28), (57, 113), (333, 500), (500, 333), (1, 1), (5, 300), (300, 5), (90, 91)]
-CLASSES = {"qwen2_vl": Qwen2VL, "qwen3_vl": Qwen3VL, "llava_onevision": LlavaOnevision}
+CLASSES = {"qwen2_vl": Qwen2VL, "qwen3_vl": Qwen3VL, "llava_onevision": LlavaOnevision, "phi3_v": Phi3V}
 
 
 def picture(height: int, width: int) -> Image.Image:
@@ -68,7 +71,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def test_equals_the_library(kind: str, ours: VisionLanguage, folders: dict[str, Path]) -> None:
-    library, wording = Library(folders[kind], kind), WORDINGS[CLASSES[kind].WORDING]
+    library, wording = independent(folders[kind], kind), WORDINGS[CLASSES[kind].WORDING]
     assert type(ours) is CLASSES[kind]
     told = [wording.template("text", "retrieval").replace("<sent>", text) for text in SENTENCES]
     texts = np.stack([library(prompt) for prompt in told])
@@ -227,9 +230,9 @@ def test_a_family_loads_its_own_models_alone(folders: dict[str, Path]) -> None:
 def test_missing_weights_are_named(kind: str, copy: Callable[[str], Path]) -> None:
     folder = copy(kind)
     weights = load_file(folder / "model.safetensors")
-    lost = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
+    lost = next(name for name in weights if re.search(r"layers\.1\.mlp\.(gate_)?up_proj", name))
     save_file({k: v for k, v in weights.items() if k != lost}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(IncompleteCheckpoint, match=r"lacks 1 tensors, the first is .*layers\.1\.mlp\.up_proj"):
+    with pytest.raises(IncompleteCheckpoint, match=r"lacks 1 tensors, the first is .*layers\.1\.mlp\..*up_proj"):
         Embedder.load(str(folder), device="cpu")
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
@@ -267,8 +270,34 @@ def test_settings_that_are_not_understood(copy: Callable[[str], Path]) -> None:
     path.write_text(json.dumps({k: v for k, v in settings.items() if k not in ("merge_size", "size")}))
     with pytest.raises(ModelError, match="do not say merge_size, min_pixels, max_pixels"):
         Embedder.load(str(folder), device="cpu")
+    folder = copy("phi3_v")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"embd_layer": {"use_hd_transform": False}}))
+    with pytest.raises(ModelError, match="use_hd_transform False"):
+        Embedder.load(str(folder), device="cpu")
     folder = copy("llava_onevision")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vision_aspect_ratio": "pad"}))
     with pytest.raises(ModelError, match="vision_aspect_ratio 'pad'"):
         Embedder.load(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("lost", ["sub_GN", "img_processor.vision_model.encoder.layers.1.mlp.fc1.weight", "img_processor"])
+def test_eyes_that_lack_a_tensor(lost: str, copy: Callable[[str], Path]) -> None:
+    folder = copy("phi3_v")
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if lost not in k}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IncompleteCheckpoint, match="lacks"):
+        Embedder.load(str(folder), device="cpu")
+
+
+def test_an_adapter_of_a_decoder_with_joined_layers(folders: dict[str, Path], tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    formula = independent(folders["phi3_v"], "phi3_v")
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["qkv_proj", "gate_up_proj"])
+    get_peft_model(formula.decoder, config).eval().save_pretrained(tmp_path)  # type: ignore[union-attr]
+    ours = Embedder.load(str(folders["phi3_v"]), device="cpu", dtype="float32", adapter=str(tmp_path))
+    told = WORDINGS["phi3"].template("image", "retrieval")
+    assert ours.embed_images([PICTURES[2]])[0] @ formula(told, PICTURES[2]) > 0.9999

@@ -93,7 +93,8 @@ def canonical(key: str) -> str:
     return key.replace("vision_tower.vision_model.", "vision_tower.", 1)
 
 
-def _tensors(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+def tensors(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Those of a checkpoint whose names, as `canonical` gives them, are wanted. IncompleteCheckpoint for a damaged file."""
     for path in shards(folder):
         try:
             with safe_open(path, framework="pt") as f:
@@ -107,7 +108,7 @@ def _tensors(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str,
 def read_tensor(folder: Path, *names: str) -> Tensor:
     """The first of `names` (as `canonical` gives them) that the checkpoint holds; nothing else is read."""
     for name in names:
-        for _, tensor in _tensors(folder, name.__eq__):
+        for _, tensor in tensors(folder, name.__eq__):
             return tensor
     raise IncompleteCheckpoint(f"{folder} holds no {' and no '.join(names)}; download the model again")
 
@@ -139,7 +140,7 @@ def load_model(
     if adapter is not None:
         adapter.check_fits(wanted)
     # not wanted: lm_head, vision layers above the one that is read, rotary buffers of old checkpoints
-    for key, tensor in _tensors(folder, lambda key: key in wanted):
+    for key, tensor in tensors(folder, lambda key: key in wanted):
         parameter = wanted.pop(key)
         # the embedding table may have more or fewer rows than config.json says (both published revisions differ)
         rows_free = key == "language_model.embed_tokens.weight"

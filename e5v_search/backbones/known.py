@@ -30,6 +30,7 @@ FAMILIES = {
     "qwen2_vl": Family("qwen_vl", "Qwen2VL", "Qwen2-VL: GME, VLM2Vec-V2", "last token"),
     "qwen3_vl": Family("qwen_vl", "Qwen3VL", "Qwen3-VL: Qwen3-VL-Embedding", "last token"),
     "llava_onevision": Family("llava_onevision", "LlavaOnevision", "LLaVA-OneVision: UniME, UniME-V2", "last token"),
+    "phi3_v": Family("phi3_v", "Phi3V", "Phi-3-vision: UniME, VLM2Vec", "last token"),
     "clip": Family("two_towers", "TwoTowers", "CLIP", "the towers' own"),
     "siglip": Family("two_towers", "TwoTowers", "SigLIP, SigLIP 2 of fixed resolution", "the towers' own"),
 }

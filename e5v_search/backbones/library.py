@@ -23,16 +23,18 @@ def load(
     quantize: str | None = None,
     adapter: Adapter | None = None,
     expendable: Collection[str] = (),
+    config: Any = None,
 ) -> Any:
-    """transformers' class `kind` in evaluation mode. `expendable` are tensors that no embedding depends on.
+    """transformers' class `kind` in evaluation mode. `expendable` are tensors that no embedding depends on; `config` is
+    the model's, where the class cannot read it from the folder.
 
     Raises IncompleteCheckpoint for missing, damaged or misshapen tensors, ModelError for an adapter of another model,
     UsageError for a `quantize` that cannot be had.
     """
     checkpoint.shards(folder)
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {} if config is None else {"config": config}
     if quantize is not None:
-        more = {"quantization_config": _bitsandbytes(quantize, device, dtype, adapter), "device_map": {"": device}}
+        more |= {"quantization_config": _bitsandbytes(quantize, device, dtype, adapter), "device_map": {"": device}}
     try:
         with _quiet():
             model, found = getattr(transformers, kind).from_pretrained(
@@ -54,6 +56,7 @@ def load(
 @torch.no_grad()
 def _merge(model: torch.nn.Module, adapter: Adapter) -> None:
     weights = dict(model.named_parameters())
+    weights |= {f"language_model.{name}": weight for name, weight in weights.items()}  # of a decoder by itself
     adapter.check_fits(weights)
     for layer in adapter.factors:
         weight = weights[f"{layer}.weight"]

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from e5v_search import media
 from e5v_search.backbones import Embedder, checkpoint, library, registry
+from e5v_search.backbones.adapters import Adapter
 from e5v_search.backbones.batches import Batches, unit
 from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.backbones.tiles import Size
@@ -48,6 +50,7 @@ class VisionLanguage(Embedder):
     CLASS: ClassVar[str]  # of transformers
     WORDING: ClassVar[str]  # where no declaration says another
     IMAGE: ClassVar[str]  # the token that stands for a part of a picture
+    ENCODER: ClassVar[type[PromptEncoder]] = PromptEncoder
 
     def __init__(self, source: registry.Source, choice: ModelChoice) -> None:
         if choice.tiles != "auto":
@@ -58,17 +61,21 @@ class VisionLanguage(Embedder):
         numbers = sum(path.stat().st_size for path in checkpoint.shards(source.folder)) / 2
         self.dtype = checkpoint.pick_dtype(choice.dtype, self.device, numbers)
         adapter, adapter_name = source.adapter(choice.adapter) or (None, None)
-        self.model = library.load(source.folder, self.CLASS, self.device, self.dtype, quantize=choice.quantize, adapter=adapter)
+        self.model = self.load_model(source.folder, choice.quantize, adapter)
         text = self.model.config.get_text_config()
-        self.encoder = PromptEncoder.read(
-            source.folder, source.said(WORDINGS[self.WORDING]), text.max_position_embeddings, self.IMAGE
-        )
-        cut = source.cut(text.hidden_size, choice.dim)
-        self.dim: int = cut or text.hidden_size
+        wording = source.said(WORDINGS[self.WORDING])
+        self.encoder = self.ENCODER.read(source.folder, wording, text.max_position_embeddings, self.IMAGE)
+        self.dim_of_states: int = text.hidden_size
+        cut = source.cut(self.dim_of_states, choice.dim)
+        self.dim: int = cut or self.dim_of_states
         self.made_by = Fingerprint(
             source.name, source.revision, weights=choice.quantize or "float", adapter=adapter_name, dim=cut
         )
         self.batches = Batches(self.device, relieve=lambda: 0)
+
+    def load_model(self, folder: Path, quantize: str | None, adapter: Adapter | None) -> Any:
+        """The family's model, with an adapter in it."""
+        return library.load(folder, self.CLASS, self.device, self.dtype, quantize=quantize, adapter=adapter)
 
     @abstractmethod
     def prepare(self, image: Image.Image, size: Size | None = None) -> Prepared: ...
