@@ -15,7 +15,7 @@ from e5v_search.embedder import Embedder, Fingerprint, Picture, Word
 
 
 class Literal(Embedder):
-    name, dim, quantize, tiles = "literal", 3, None, "auto"
+    name, dim, quantize, tiles, adapter = "literal", 3, None, "auto", None
     made_by = Fingerprint("literal", "1")
 
     def __init__(self, pages: dict[bytes, str] | None = None) -> None:

@@ -118,6 +118,22 @@ def test_toml_of_the_pages_is_a_prompt_set(tmp_path: Path) -> None:
     assert (prompts.text, prompts.composed) == (PROMPT_SETS["retrieval"].text, PROMPT_SETS["cirr"].composed)
 
 
+def test_toml_of_the_models_page_declares_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from e5v_search.backbones.known import Known, known_models
+    from e5v_search.prompts import WORDINGS
+
+    page = ROOT / "docs/models.md"
+    [block] = blocks(page, "toml")
+    (tmp_path / "models.toml").write_text(block)
+    monkeypatch.setenv("E5V_MODELS", str(tmp_path / "models.toml"))
+    models = known_models()
+    assert models["my-qwen"].least_dim == 64
+    assert models["shouting"].words is not None
+    told = page.read_text(encoding="utf-8")
+    assert all(f"`{name}`" in told for name in WORDINGS)
+    assert all(f"`{name}`" in told for name in set(Known.__dataclass_fields__) - {"name", "origin"})
+
+
 def test_toml_of_the_training_page_is_a_recipe(tmp_path: Path) -> None:
     from e5v_search.training.recipes import read_recipe
 
@@ -134,5 +150,5 @@ def test_every_option_is_shown_in_the_pages() -> None:
             words.setdefault(name, set()).update(rest)
     for name, command in cli.commands.items():
         for option in command.params:
-            if isinstance(option, click.Option) and not {"--debug", "--quantize", "--revision"} & set(option.opts):
+            if isinstance(option, click.Option) and not {"--adapter", "--debug", "--dim", "--quantize", "--revision"} & set(option.opts):
                 assert words[name] & set(option.opts), f"no page shows {name} {option.opts[0]}"

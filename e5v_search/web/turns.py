@@ -65,7 +65,7 @@ class InTurn(Embedder):
 
     def __init__(self, embedder: Embedder, turns: Turns, urgent: bool) -> None:
         self.name, self.dim, self.made_by = embedder.name, embedder.dim, embedder.made_by
-        self.quantize, self.tiles = embedder.quantize, embedder.tiles
+        self.quantize, self.tiles, self.adapter = embedder.quantize, embedder.tiles, embedder.adapter
         self._embedder, self._turns, self._urgent = embedder, turns, urgent
 
     def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray:
