@@ -1,5 +1,8 @@
 """`serve`: a collection as a page and an API."""
 
+import os
+import sys
+
 import click
 
 from e5v_search.cli.options import collection_option, debug_option, examples, model_options
@@ -51,4 +54,6 @@ def serve(
         if open_it:
             click.launch(f"{server.address}?token={token}" if token else server.address)
 
-    server.run(up)
+    if not server.run(up):
+        sys.stdout.flush()
+        os._exit(0)  # the end of the interpreter would abort in the middle of what the model's library does

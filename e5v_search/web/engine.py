@@ -22,7 +22,7 @@ from e5v_search.web.turns import InTurn, Turns, Turnstile
 
 BATCH = 32  # questions answered together
 WAITING, SHARE = 128, 64  # questions in all, and of one address
-_PATIENCE = 20.0  # seconds that a model which is just being loaded gets when the service stops
+_PATIENCE = 5.0  # seconds that a model which is just being loaded gets when the service stops
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -66,13 +66,14 @@ class Engine:
         self._thread.start()
         self._put(self._load)
 
-    def stop(self) -> None:
-        """Returns when what is under way is done, or after a while; what still waits is dropped."""
+    def stop(self) -> bool:
+        """Whether all has ended: what is under way is waited for, but not for long; what still waits is dropped."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join(_PATIENCE)
+        return not self._thread.is_alive()
 
     # from the event loop
 

@@ -72,15 +72,19 @@ class Server:
         )
         self._uvicorn = _Uvicorn(config)
 
-    def run(self, up: Callable[[], None] = lambda: None) -> None:
-        """Until `stop`, SIGTERM or Ctrl-C; `up` is called as soon as whoever comes is answered."""
+    def run(self, up: Callable[[], None] = lambda: None) -> bool:
+        """Until `stop`, SIGTERM or Ctrl-C; `up` is called as soon as whoever comes is answered.
+
+        False: a thread is still loading a model, which cannot be stopped; the process should then end by `os._exit`.
+        """
         with _heeding(self._told):
             self.service.start()
             try:
                 asyncio.run(self._run(up))
             finally:
                 self._socket.close()
-                self.service.stop()
+                ended = self.service.stop()
+        return ended
 
     async def _run(self, up: Callable[[], None]) -> None:
         async with listening(self.service):

@@ -43,12 +43,13 @@ class Service:
     def start(self) -> None:
         self.engine.start()
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
+        """Whether all has ended; a model that is just being loaded goes on."""
         self.runs.stop()
         for readers in (self.quick, self.pictures, self.slow):
             readers.stop()
-        self.engine.stop()
         self.catalogs.leave()
+        return self.engine.stop()
 
     async def search(self, ask: Ask, who: str) -> bytes:
         """The JSON of the hits; from memory, if the same was asked of the same state before."""
