@@ -13,11 +13,13 @@ from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.config import load_recipe, parse
 from e5v_search.errors import DiskFull, IncompleteCheckpoint, ModelError, UsageError
 from e5v_search.training import loop, state
+from e5v_search.training import maps as maps_of_photos
 from e5v_search.training.batches import Batches, caption_words
 from e5v_search.training.data import Photos
 from e5v_search.training.encode import BatchEncoder
 from e5v_search.training.initialise import initialise, initialise_taught_words
-from e5v_search.training.loop import Data, train
+from e5v_search.training.loop import Data, begin, train
+from e5v_search.training.maps import reduced
 from e5v_search.training.measure import recalls, sts_spearman
 from e5v_search.training.objective import Objective
 from e5v_search.training.recipe import Recipe
@@ -343,6 +345,72 @@ def test_the_teachers_parts_fall_when_trained_and_reach_their_own_weights(
         assert touched - {"image_newline"} == modules
 
 
+def test_patches_learn_what_the_picture_teacher_sees_there(data: Data, encoder: BatchEncoder) -> None:
+    """A teacher of colours, of photos that are 4 x 4 patches of one colour each."""
+    blocks = np.random.default_rng(0).integers(0, 255, (10, 3, 4, 4), dtype=np.uint8)
+    photos = Photos(data.photos.names, data.photos.captions, blocks.repeat(12, axis=2).repeat(12, axis=3))
+    weights = {"photos": 0.0, "mapped": 1.0}
+    stages = [{"name": "look", "steps": 40, "photos": 8, "drop": 0.5, "crop": 0.5, "colour": 0.1, "weights": weights}]
+    recipe = tiny_recipe(stages=stages, picture_teacher="of colours")
+    initialise(encoder.model, torch.Generator().manual_seed(0))
+    encoder.model.zero_grad()
+    batches = Batches(recipe, photos, data.triplets, encoder.tokenizer)
+    objective = Objective(recipe, encoder, batches.log_prior, maps=reduced(torch.from_numpy(blocks).half()))
+    stage, generator = recipe.stages[0], torch.Generator().manual_seed(0)
+    optimiser = torch.optim.Adam([*encoder.model.vision_tower.parameters(), *objective.head.parameters()], lr=5e-3)
+    values = []
+    for step in range(40):
+        parts = objective(batches.make(step), stage, generator)
+        optimiser.zero_grad()
+        objective.total(parts, stage).backward()
+        optimiser.step()
+        values.append(float(parts["mapped"].detach()))
+    assert set(parts) == {"mapped"}
+    assert sum(values[-5:]) < 0.5 * sum(values[:5])
+    assert {n.partition(".")[0] for n, p in encoder.model.named_parameters() if p.grad is not None} == {"vision_tower"}
+    # a stage begins with the best head for the patches as they are
+    objective.head.reset_parameters()
+    begin(stage, objective, batches)
+    with torch.no_grad():
+        assert float(objective(batches.make(0), stage, generator)["mapped"]) < 0.6 * values[0]
+
+
+def test_boxes_tell_what_is_seen_of_a_photo(data: Data, encoder: BatchEncoder) -> None:
+    """A photo whose colours are its own coordinates: a crop's corners name its box."""
+    ramp = np.linspace(0, 255, 96).astype(np.uint8)
+    pixels = np.stack([np.broadcast_to(ramp, (96, 96)), np.broadcast_to(ramp[:, None], (96, 96)), np.zeros((96, 96), np.uint8)])
+    photos = Photos(data.photos.names, data.photos.captions, np.stack([pixels] * 10))
+    recipe = tiny_recipe(stages=[{"name": "x", "steps": 3, "photos": 10, "crop": 0.3}])
+    batches = Batches(recipe, photos, data.triplets, encoder.tokenizer)
+    mirrored = 0
+    for step in range(3):
+        batch = batches.make(step)
+        assert isinstance(batch.photos, torch.Tensor)
+        for picture, (left, top, right, bottom) in zip(batch.photos.float() / 255, batch.boxes.tolist(), strict=True):
+            mirrored += left > right
+            across, down = (right - left) / 64, (bottom - top) / 64  # to the middle of the outermost pixel
+            seen = picture[0, 0, 0], picture[1, 0, 0], picture[0, -1, -1], picture[1, -1, -1]
+            assert [float(x) for x in seen] == pytest.approx(
+                [left + across, top + down, right - across, bottom - down], abs=0.03
+            )
+    assert 0 < mirrored < 30
+
+
+def test_a_run_goes_on_with_a_teacher_that_came_later(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = np.random.default_rng(0).normal(size=(10, 7, 4, 4)).astype(np.float16)
+    monkeypatch.setattr(maps_of_photos, "teacher_maps", lambda *_: raw)
+    first = {"name": "base", "steps": 2, "photos": 4, "aside_every": 9}
+    train(tiny_recipe(stages=[first]), data, tmp_path, quiet)
+    look = {"name": "look", "steps": 2, "photos": 4, "weights": {"photos": 0.0, "mapped": 1.0}}
+    train(tiny_recipe(stages=[first, look], picture_teacher="random"), data, tmp_path, quiet)
+    lines = logged(tmp_path)
+    assert [line["stage"] for line in lines] == ["base", "base", "look", "look"]
+    assert "mapped" in lines[-1]
+    # and back: weights that no stage needs any more are no reason to guess
+    with pytest.raises(IncompleteCheckpoint, match="other weights"):
+        train(tiny_recipe(stages=[first, first | {"name": "more"}]), data, tmp_path, quiet)
+
+
 def test_only_some_photos_may_go_through_the_decoder(
     data: Data, encoder: BatchEncoder, lessons: Taught, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +448,10 @@ def test_a_recipe_that_asks_a_teacher_names_one() -> None:
         tiny_recipe(stages=[{"name": "x", "steps": 1, "weights": {"seen": 1.0}}])
     with pytest.raises(UsageError, match="teacher: none is named"):
         tiny_recipe(stages=[{"name": "x", "steps": 1, "taught_words": True}])
+    with pytest.raises(UsageError, match="picture_teacher: none is named"):
+        tiny_recipe(stages=[{"name": "x", "steps": 1, "weights": {"mapped": 1.0}}])
+    with pytest.raises(UsageError, match=r"weights\.mapped: only on the base tile"):
+        tiny_recipe(stages=[{"name": "x", "steps": 1, "layout": "full", "weights": {"mapped": 1.0}}], picture_teacher="x")
 
 
 def test_long_sentences_are_cut_before_the_prompt(encoder: BatchEncoder) -> None:

@@ -1,6 +1,7 @@
 import builtins
 import errno
 import importlib.util
+import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ def embedded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     class Noting:
         def encode(self, texts: list[str], normalize_embeddings: bool = False, **options: Any) -> np.ndarray:
-            if normalize_embeddings:
+            if len(texts) > 1:
                 seen.extend(texts)
             vectors: np.ndarray = model.encode(texts, normalize_embeddings=normalize_embeddings, **options)
             return vectors
@@ -87,7 +88,7 @@ def test_distinct_texts_are_embedded_once_for_all_times(tmp_path: Path, embedded
 
 @pytest.mark.parametrize("torn", [0, 1, 100])
 def test_a_killed_run_goes_on(tmp_path: Path, embedded: list[str], torn: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync, syncs = teacher.os.fsync, iter(range(100))
+    sync, syncs = os.fsync, iter(range(100))
 
     def killed(file: int) -> None:
         sync(file)
@@ -180,7 +181,7 @@ def test_a_vector_that_is_not_finite_names_its_text(tmp_path: Path, monkeypatch:
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path: Path, embedded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    sync, syncs = teacher.os.fsync, iter(range(100))
+    sync, syncs = os.fsync, iter(range(100))
 
     def full(file: int) -> None:
         if next(syncs) == 3:

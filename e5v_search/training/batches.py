@@ -19,6 +19,7 @@ from e5v_search.scenes import draw, random_change, random_scene
 from e5v_search.training.data import Photos, Triplet, caption_corpus, shuffled
 from e5v_search.training.recipe import Recipe, Stage
 
+Box = tuple[float, float, float, float]
 Pictures = Tensor | list[Tiles]  # base tiles (n, 3, tile, tile) uint8, or the full layout
 
 # width / height of photos; most cameras
@@ -32,6 +33,7 @@ class Batch:
     when they join only some, sentences where no language is modelled."""
 
     photos: Pictures
+    boxes: Tensor  # (n, 4): which part of each photo is seen; see `Maps.at`
     captions: list[str]
     others: list[str]
     words: Tensor
@@ -66,7 +68,7 @@ class Batches:
         rng = random.Random(f"{self.recipe.seed}/{step}")
         rows = self._rows("photos", step, stage.photos, len(self.photos)) if stage.weights.of_photos else []
         captions = [rng.choice(self.photos.captions[i]) for i in rows]
-        photos = [self._view(i, caption, stage, rng) for i, caption in zip(rows, captions, strict=True)]
+        views = [self._view(i, caption, stage, rng) for i, caption in zip(rows, captions, strict=True)]
         words = torch.zeros(len(rows), self._vocabulary)
         for row, i in enumerate(rows):
             ids, share = self.words[i]
@@ -89,7 +91,8 @@ class Batches:
         pages = [self._page(text, stage) for text in before_captions[: stage.pages]] if stage.weights.pages else []
         sentences = self._rows("sentences", step, stage.sentences, self.sentences) if stage.weights.taught else []
         return Batch(
-            photos=_together(photos),
+            photos=_together([picture for picture, _ in views]),
+            boxes=torch.tensor([box for _, box in views]).view(-1, 4),
             captions=captions,
             others=others,
             words=words,
@@ -121,10 +124,11 @@ class Batches:
         first = self._starts[what][step]
         return shuffled(f"{self.recipe.seed}/{what}", total, first, first + n)
 
-    def _view(self, i: int, caption: str, stage: Stage, rng: random.Random) -> Tiles | np.ndarray:
+    def _view(self, i: int, caption: str, stage: Stage, rng: random.Random) -> tuple[Tiles | np.ndarray, Box]:
         """One photo: a random crop, mirrored unless its caption tells left from right."""
         image = Image.fromarray(self.photos.pixels[i].transpose(1, 2, 0))
-        if rng.random() < 0.5 and "left" not in caption and "right" not in caption:
+        mirrored = rng.random() < 0.5 and "left" not in caption and "right" not in caption
+        if mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         side = image.width
         share, stretch = rng.uniform(stage.crop, 1.0), rng.uniform(0.8, 1.25) if stage.crop < 1 else 1.0
@@ -132,10 +136,12 @@ class Batches:
         height = min(side, round(side * (share / stretch) ** 0.5))
         left, top = rng.randint(0, side - width), rng.randint(0, side - height)
         image = image.crop((left, top, left + width, top + height))
+        edges = (side - left, side - left - width) if mirrored else (left, left + width)
+        box = (edges[0] / side, top / side, edges[1] / side, (top + height) / side)
         if stage.layout == "full":
             height, width = _size(max(width, height), rng)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        return self._prepare(image, stage)
+        return self._prepare(image, stage), box
 
     def _page(self, text: str, stage: Stage) -> Tiles | np.ndarray:
         """A rendered text. A stage on the base tile sees its two tiles alone, side by side: (3, tile, 2 tiles)."""

@@ -74,7 +74,8 @@ class BatchEncoder:
         colour: float = 0.0,
     ) -> Tensor:
         """Visual tokens of base tiles alone, (n, p, d); see `base_patches`."""
-        features: Tensor = self.model.multi_modal_projector(self.base_patches(pixels, drop, generator, plain, colour))
+        patches, _ = self.base_patches(pixels, drop, generator, plain, colour)
+        features: Tensor = self.model.multi_modal_projector(patches)
         return features
 
     def base_patches(
@@ -84,8 +85,8 @@ class BatchEncoder:
         generator: torch.Generator | None = None,
         plain: bool = False,
         colour: float = 0.0,
-    ) -> Tensor:
-        """The vision tower on base tiles: (n, 3, tile, tile) uint8 -> (n, p, d_vision).
+    ) -> tuple[Tensor, Tensor]:
+        """The vision tower on base tiles: (n, 3, tile, tile) uint8 -> (n, p, d_vision), and which patches these are, (n, p).
 
         A share `drop` of the patches never enters: any, or with `plain` those that show least. Brightness, contrast and
         saturation of each picture stray by a share of up to `colour`.
@@ -93,22 +94,23 @@ class BatchEncoder:
         tower = self.model.vision_tower
         pixels = self.normalised(pixels)
         x = tower.embeddings(_strayed(pixels, colour, generator) if colour else pixels)
+        n, tokens, d = x.shape
         if drop:
-            n, tokens, d = x.shape
             keep = round((tokens - 1) * (1 - drop))
             order = torch.rand(n, tokens - 1, generator=generator, device=x.device)
             if plain:
                 size = self.model.config.vision_config.patch_size
                 # chance decides between equal ones
                 order = 1e-3 * order - F.unfold(pixels, size, stride=size).var(dim=1)
-            order = order.argsort(dim=1)
-            chosen = torch.cat((torch.zeros_like(order[:, :1]), order[:, :keep].sort(dim=1).values + 1), dim=1)
+            places = order.argsort(dim=1)[:, :keep].sort(dim=1).values
+            chosen = torch.cat((torch.zeros_like(places[:, :1]), places + 1), dim=1)
             x = x.gather(1, chosen[..., None].expand(-1, -1, d))
+        else:
+            places = torch.arange(tokens - 1, device=x.device).expand(n, -1)
         x = tower.pre_layrnorm(x)
         for layer in tower.encoder.layers:
             x = layer(x)
-        patches: Tensor = x[:, self.model.config.skip_class_token :]
-        return patches
+        return x[:, self.model.config.skip_class_token :], places
 
     def full_features(self, pictures: Sequence[Tiles]) -> list[Tensor]:
         """Visual tokens in the AnyRes layout, (n_i, d) for each picture. Gradients are as the tower's parameters ask."""

@@ -79,17 +79,17 @@ def initialise_taught_projector(model: LlavaNext, patches: Iterable[Tensor], tar
     projector, size = model.multi_modal_projector, model.language_model.embed_tokens.weight.norm(dim=1).mean()
     with torch.no_grad():
         tokens = [projector.act(projector.linear_1(some)) for some in patches]
-        x = torch.cat([some.mean(dim=1) for some in tokens])
-        middle, centre = x.mean(dim=0), targets.mean(dim=0)
-        covariance = (x - middle).T @ (x - middle)
-        covariance += 1e-2 * covariance.diagonal().mean() * torch.eye(len(covariance))
-        weight = torch.linalg.solve(covariance, (x - middle).T @ (targets - centre)).T
-        projector.linear_2.weight.copy_(weight)
-        projector.linear_2.bias.copy_(centre - weight @ middle)
+        _regress(projector.linear_2, torch.cat([some.mean(dim=1) for some in tokens]), targets)
         # tokens as long as words
         scale = size / projector.linear_2(tokens[0]).norm(dim=-1).mean()
         projector.linear_2.weight.mul_(scale)
         projector.linear_2.bias.mul_(scale)
+
+
+def initialise_head(head: nn.Linear, patches: Tensor, cells: Tensor) -> None:
+    """Let the head be what tells a teacher's cells (n, d) best from the tower's patches (n, d_vision) as they are."""
+    with torch.no_grad():
+        _regress(head, patches, cells)
 
 
 def initialise_patches(model: LlavaNext, pixels: Tensor) -> None:
@@ -106,6 +106,16 @@ def initialise_patches(model: LlavaNext, pixels: Tensor) -> None:
     strongest = components[:, -rank:].flip(1) * energy[-rank:].flip(0).clamp(min=1e-6) ** -0.375
     with torch.no_grad():
         weight[:rank] = strongest.T.reshape(rank, *weight.shape[1:])
+
+
+def _regress(layer: nn.Linear, x: Tensor, y: Tensor) -> None:
+    """Ridge regression: rows of `x` (n, d) to rows of `y` (n, d')."""
+    middle, centre = x.mean(dim=0), y.mean(dim=0)
+    covariance = (x - middle).T @ (x - middle)
+    covariance += 1e-2 * covariance.diagonal().mean() * torch.eye(len(covariance))
+    weight = torch.linalg.solve(covariance, (x - middle).T @ (y - centre)).T
+    layer.weight.copy_(weight)
+    layer.bias.copy_(centre - weight @ middle)
 
 
 def _normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:

@@ -1,6 +1,7 @@
 """The run, in the order in which it happens: data, tokenizer, model, steps, measurements, checkpoint folder."""
 
 import hashlib
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,21 +22,24 @@ from e5v_search.training.encode import BatchEncoder
 from e5v_search.training.export import export
 from e5v_search.training.initialise import (
     initialise,
+    initialise_head,
     initialise_patches,
     initialise_taught_projector,
     initialise_taught_words,
     initialise_words,
 )
 from e5v_search.training.log import Log, OnStep, Say
+from e5v_search.training.maps import load_maps
 from e5v_search.training.measure import RunEmbedder, photo_recalls, scene_recalls, sts_file, sts_spearman
 from e5v_search.training.muon import Muon
 from e5v_search.training.objective import Objective
 from e5v_search.training.recipe import Optimiser, Recipe, Stage
 from e5v_search.training.state import load_state, save_state
-from e5v_search.training.taught import Taught, load_taught
+from e5v_search.training.taught import load_taught
 from e5v_search.training.tokenizer import IMAGE, train_tokenizer
 
 _PHOTO_SIDE = 224
+_REGRESSED = 500  # photos, as many patches each
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,11 @@ def train(recipe: Recipe, data: Data, out: Path, say: Say, on_step: OnStep | Non
     if recipe.teacher:
         width = recipe.model.decoder.width
         taught = load_taught(data.photos, data.triplets, tokenizer, width, recipe.teacher, out / "teacher", say)
+    maps = load_maps(data.photos, recipe.picture_teacher, out / "teacher", say) if recipe.picture_teacher else None
     batches = Batches(recipe, data.photos, data.triplets, tokenizer, len(taught.sentences) if taught else 0)
     initialise_words(model, batches.words)
     initialise_patches(model, encoder.normalised(torch.from_numpy(data.photos.pixels[:500])))
-    objective = Objective(recipe, encoder, batches.log_prior, taught)
+    objective = Objective(recipe, encoder, batches.log_prior, taught, maps)
     trained = nn.ModuleDict({"model": model, "objective": objective})
     optimiser = _optimiser(trained, recipe.optimiser)
     # not the stages: a run may be made longer or shorter than planned, from where it is
@@ -93,8 +98,8 @@ def train(recipe: Recipe, data: Data, out: Path, say: Say, on_step: OnStep | Non
     # one thread draws and crops the next batches while the model works on this one
     for step, batch in enumerate(ahead(batches.make, range(first, recipe.steps), workers=1, depth=3), first):
         stage, rate = recipe.stage_at(step), recipe.rate_at(step)
-        if taught and recipe.begins(step):
-            _begin(stage, encoder, batches, taught)
+        if recipe.begins(step):
+            begin(stage, objective, batches)
         parts = _step(objective, optimiser, batch, recipe, step, rate)
         rows = len(batch.captions) + len(batch.sentences) + len(batch.scenes)
         log.step(step, stage.name, {k: float(v.detach()) for k, v in parts.items()}, rate, rows)
@@ -108,14 +113,25 @@ def train(recipe: Recipe, data: Data, out: Path, say: Say, on_step: OnStep | Non
     return out / "model"
 
 
-def _begin(stage: Stage, encoder: BatchEncoder, batches: Batches, taught: Taught) -> None:
-    if stage.taught_words:
+def begin(stage: Stage, objective: Objective, batches: Batches) -> None:
+    """What a stage starts with in the place of what was learned: the teachers' words, and linear maps to what they say."""
+    encoder, taught = objective.encoder, objective.taught
+    if taught and stage.taught_words:
         initialise_taught_words(encoder.model, taught.words, encoder.prompt_tokens())
-    if stage.taught_projector:
+    if taught and stage.taught_projector:
         pieces = windows(range(len(taught.photos)), 64)
         with torch.no_grad():
-            patches = [encoder.base_patches(batches.whole(rows)) for rows in pieces]
+            patches = [encoder.base_patches(batches.whole(rows))[0] for rows in pieces]
         initialise_taught_projector(encoder.model, patches, taught.photos)
+    # only once: later stages go on with what the head has learned
+    if objective.maps and stage is next((s for s in objective.recipe.stages if s.weights.mapped), None):
+        rows = range(min(_REGRESSED, len(batches.photos)))
+        with torch.no_grad():
+            found, places = encoder.base_patches(batches.whole(rows))
+        cells = objective.maps.at(
+            rows, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(rows), 4), places, math.isqrt(places.shape[1])
+        )
+        initialise_head(objective.head, found.flatten(0, 1), cells.flatten(0, 1))
 
 
 def _tokenizer(recipe: Recipe, data: Data, path: Path) -> Tokenizer:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from e5v_search.training import losses
 from e5v_search.training.batches import Batch, Pictures
 from e5v_search.training.encode import BatchEncoder
+from e5v_search.training.maps import Maps
 from e5v_search.training.recipe import Recipe, Stage
 from e5v_search.training.taught import Taught
 
@@ -18,9 +19,18 @@ _MAX_SCALE = 100.0  # as CLIP bounds it: beyond, the loss sees little but the ha
 class Objective(nn.Module):
     """The learned inverse temperature and the parts of the loss."""
 
-    def __init__(self, recipe: Recipe, encoder: BatchEncoder, log_prior: Tensor, taught: Taught | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        encoder: BatchEncoder,
+        log_prior: Tensor,
+        taught: Taught | None = None,
+        maps: Maps | None = None,
+    ) -> None:
         super().__init__()
-        self.recipe, self.encoder, self.log_prior, self.taught = recipe, encoder, log_prior, taught
+        self.recipe, self.encoder, self.log_prior, self.taught, self.maps = recipe, encoder, log_prior, taught, maps
+        if maps:
+            self.head = nn.Linear(recipe.model.vision.width, maps.dim)  # from the tower's patches to the teacher's cells
         self.log_scale = nn.Parameter(torch.tensor(1 / recipe.temperature).log())
 
     def forward(self, batch: Batch, stage: Stage, generator: torch.Generator) -> dict[str, Tensor]:
@@ -47,8 +57,18 @@ class Objective(nn.Module):
         return torch.stack([getattr(stage.weights, name) * value for name, value in parts.items()]).sum()
 
     def _photos(self, batch: Batch, stage: Stage, scale: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        weights, table, parts = stage.weights, self.encoder.model.language_model.embed_tokens.weight, {}
-        features = self._features(batch.photos, stage, generator)
+        weights, table = stage.weights, self.encoder.model.language_model.embed_tokens.weight
+        parts: dict[str, Tensor] = {}
+        if weights.mapped:
+            assert self.maps is not None
+            assert isinstance(batch.photos, Tensor)
+            patches, places = self.encoder.base_patches(batch.photos, stage.drop, generator, colour=stage.colour)
+            vision = self.recipe.model.vision
+            cells = self.maps.at(batch.rows, batch.boxes, places, vision.tile // vision.patch)
+            parts["mapped"] = (1 - F.cosine_similarity(self.head(patches), cells, dim=-1)).mean()
+            features = self.encoder.model.multi_modal_projector(patches)
+        else:
+            features = self._features(batch.photos, stage, generator)
         # a photo that is captioned is not named too: so more photos are seen for the same work
         n = len(batch.captions) // 2 if weights.captioning else len(batch.captions)
         if weights.pooled:

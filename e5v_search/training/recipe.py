@@ -89,11 +89,12 @@ class Weights:
     taught: float = 0.0  # sentences, drawn to what the teacher makes of them
     seen: float = 0.0  # photos, drawn to what the teacher makes of their captions
     pooled: float = 0.0  # the same of the mean of a photo's visual tokens, without the decoder
+    mapped: float = 0.0  # patches of photos, drawn to what the picture teacher sees there
     pages: float = 0.0  # rendered captions, drawn to the captions and to what these describe
 
     @property
     def of_photos(self) -> float:
-        return self.photos + self.words + self.answers + self.captioning + self.seen + self.pooled
+        return self.photos + self.words + self.answers + self.captioning + self.seen + self.pooled + self.mapped
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class Stage:
             found.append("crop: must lie in (0, 1]")
         if self.weights.captioning and self.photos < 2:
             found.append("photos: two at least, one to name and one to caption")
+        if self.layout == "full" and self.weights.mapped:
+            found.append("weights.mapped: only on the base tile")
         if self.layout == "full" and (self.drop or self.plain):
             found.append("drop, plain: only on the base tile; a full layout keeps all its patches")
         return found
@@ -149,6 +152,7 @@ class Recipe:
     nli_temperature: float = 0.05
     teacher: str = ""  # a text model, as `teacher_vectors` knows it; for the parts "taught", "seen" and "pooled"
     teacher_temperature: float = 0.05
+    picture_teacher: str = ""  # an image classifier, as `teacher_maps` knows it; for the part "mapped"
     save_every: int = 100  # steps
     evaluate_every: int = 200
     held_out_scenes: int = 500  # of the last measurement; those on the way make do with a fifth
@@ -185,5 +189,7 @@ class Recipe:
         found = [] if self.stages else ["stages: one at least"]
         if not self.teacher and any(s.asks_teacher for s in self.stages):
             found.append("teacher: none is named, but a stage weighs taught, seen or pooled")
+        if not self.picture_teacher and any(s.weights.mapped for s in self.stages):
+            found.append("picture_teacher: none is named, but a stage weighs mapped")
         positive = ("temperature", "nli_temperature", "teacher_temperature", "save_every", "evaluate_every", "held_out_scenes")
         return found + [f"{k}: must be positive" for k in positive if getattr(self, k) <= 0]

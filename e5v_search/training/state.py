@@ -29,7 +29,10 @@ def save_state(path: Path, weights: Weights, optimiser: torch.optim.Optimizer, s
 
 
 def load_state(path: Path, weights: Weights, optimiser: torch.optim.Optimizer, identity: str) -> int:
-    """Restore in place; the step to go on with. IncompleteCheckpoint when the file is damaged or of another recipe."""
+    """Restore in place; the step to go on with. What the run did not have yet, as another stage may need it, stays as it is.
+
+    Raises IncompleteCheckpoint when the file is damaged or of another recipe.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -39,11 +42,11 @@ def load_state(path: Path, weights: Weights, optimiser: torch.optim.Optimizer, i
     if metadata.get("identity") != identity:
         raise IncompleteCheckpoint(f"{path} is of another recipe or other data; choose another --out, or delete it")
     saved = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
-    if saved.keys() != weights.keys():
+    if not saved.keys() <= weights.keys():
         raise IncompleteCheckpoint(f"{path} holds other weights than this model has; choose another --out, or delete it")
     with torch.no_grad():
-        for name, parameter in weights.items():
-            parameter.copy_(saved[name])
+        for name, value in saved.items():
+            weights[name].copy_(value)
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
         if kind == "optimiser":
