@@ -69,7 +69,7 @@ def contestant(name: str, folder: Path, args: argparse.Namespace, work: tuple[li
         from e5v_search.training.sentence_folder import export_sentence_transformers
 
         with tempfile.TemporaryDirectory() as scratch:
-            export_sentence_transformers(folder, Path(scratch) / "st")
+            export_sentence_transformers(str(folder), Path(scratch) / "st")
             model = SentenceTransformer(f"{scratch}/st", device=args.device, model_kwargs={"dtype": dtype})
         return lambda kind: np.asarray(model.encode(texts if kind == "texts" else [str(p) for p in photos]))
     from published import Published
