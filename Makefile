@@ -18,7 +18,7 @@ SAMPLES := e5v_search/samples
 PHOTOS ?= $(SAMPLES)
 ifeq ($(PHOTOS),$(SAMPLES))
 DEMO := demo/samples
-QUERY ?= a cat
+QUERY ?= a rocket in the night sky
 REFERENCE ?= $(SAMPLES)/drawn-two-orange-rings.png
 CHANGE ?= show three instead
 else
