@@ -66,7 +66,7 @@ def main() -> None:
     x, y = (embedder.embed_prepared(tiles[name]) for name in ("whole", "reduced"))
     cosines = (x * y).sum(1)
     result = {
-        "command": f"python benchmarks/decode.py {args.photos} --model {args.model} --side {args.side} --n {args.n}",
+        "command": f"python benchmarks/decode.py {args.photos.name} --model {args.model} --side {args.side} --n {args.n}",
         "photos": len(cosines),
         "megabytes": round(statistics.mean(sizes), 2),
         "median_ms": {name: round(statistics.median(taken), 1) for name, taken in ms.items()},

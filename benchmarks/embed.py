@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from flops import language, vision
-from machine import save
+from machine import arguments, save
 from models import SIZES, write
 
 from e5v_search import media
@@ -212,7 +212,7 @@ def main() -> None:
                 found["share_of_matrix_rate"] = round(work.flop[kind] / seconds / rate, 3)
         memory = {way: run.end() for way, run in runs.items()}
     print(PEAK, memory)
-    command = f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/embed.py {' '.join(sys.argv[1:])}"
+    command = f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/embed.py {arguments(sys.argv[1:])}"
     head = {
         "command": command,
         "load_at_the_end": os.getloadavg()[0],

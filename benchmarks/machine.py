@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,11 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "faiss-cpu", "numpy", "pillow", "sqlite-utils")},
     }
+
+
+def arguments(words: Sequence[str]) -> str:
+    """As they are kept in a result: of a path only its last part, which says nothing of this machine."""
+    return " ".join(Path(word).name if "/" in word else word for word in words)
 
 
 def save(name: str, result: dict[str, Any]) -> Path:

@@ -23,7 +23,7 @@ from typing import Any
 
 import faiss
 import numpy as np
-from machine import save
+from machine import arguments, save
 
 from e5v_search import Collection
 from e5v_search.collection.importing import import_folder
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--without-faiss", action="store_true", help="ours alone, in the memory that it takes alone")
     parser.add_argument("--out", default="search")
     args = parser.parse_args()
-    command = f"python benchmarks/search.py {' '.join(sys.argv[1:])}".strip()
+    command = f"python benchmarks/search.py {arguments(sys.argv[1:])}".strip()
     rows: list[dict[str, Any]] = []
     for size in [args.collection] if args.collection else args.sizes:
         folder = Path(tempfile.mkdtemp(dir=args.folder))

@@ -28,7 +28,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from machine import RESULTS, describe
+from machine import RESULTS, arguments, describe
 
 from e5v_search.catalog import Put
 from e5v_search.collection import Collection
@@ -296,7 +296,7 @@ def main() -> None:
         return
     path = RESULTS / "serve.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    options = " ".join(sys.argv[3:] if args.part != "fuzz" else sys.argv[2:])
+    options = arguments(sys.argv[3:] if args.part != "fuzz" else sys.argv[2:])
     shown = f"python benchmarks/serve.py {args.part}{' COLLECTION' if args.part != 'fuzz' else ''} {options}".strip()
     kept[args.part] = {"command": shown, **describe(), "load_average": os.getloadavg(), **found}
     path.write_text(json.dumps(kept, indent=2) + "\n")
