@@ -10,13 +10,14 @@ Written to results/decode.json.
 import argparse
 import io
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from machine import save
+from machine import arguments, save
 from PIL import Image, ImageOps
 
 from e5v_search import Embedder, media
@@ -66,7 +67,7 @@ def main() -> None:
     x, y = (embedder.embed_prepared(tiles[name]) for name in ("whole", "reduced"))
     cosines = (x * y).sum(1)
     result = {
-        "command": f"python benchmarks/decode.py {args.photos.name} --model {args.model} --side {args.side} --n {args.n}",
+        "command": f"python benchmarks/decode.py {arguments(sys.argv[1:])}",
         "photos": len(cosines),
         "megabytes": round(statistics.mean(sizes), 2),
         "median_ms": {name: round(statistics.median(taken), 1) for name, taken in ms.items()},

@@ -10,7 +10,7 @@ import pytest
 import torch
 import towers
 from command_line import refused, run
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -112,12 +112,13 @@ def test_equals_the_library(kind: str, ours: TwoTowers, folders: dict[str, Path]
 @given(height=st.integers(1, 400), width=st.integers(1, 400))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pixels_are_those_of_the_library(kind: str, height: int, width: int, ours: TwoTowers, folders: dict[str, Path]) -> None:
-    assume(max(height, width) <= 128 * min(height, width))  # longer ones are cut before they are resized
     processor = (CLIPImageProcessorPil if kind == "clip" else SiglipImageProcessorPil).from_pretrained(folders[kind])
     image = picture(height, width)
     expected = processor(images=image, return_tensors="pt")["pixel_values"]
     found = ours.pixels.normalised(torch.from_numpy(ours.prepare(image))[None])
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # what is longer is cut before it is resized, and then its edges are rounded otherwise: 13 of 255 steps seen in noise
+    threads = max(height, width) > 128 * min(height, width)
+    np.testing.assert_allclose(found, expected, atol=0.25 if threads else 1e-5)
 
 
 def test_a_thread_of_a_picture_takes_no_gigabytes(loaded: dict[str, TwoTowers], folders: dict[str, Path]) -> None:

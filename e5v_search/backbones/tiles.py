@@ -14,7 +14,7 @@ from PIL import Image
 from e5v_search.errors import UsageError
 
 Size = tuple[int, int]  # (height, width) in pixels
-MARGIN = 2  # times what is left of a picture, so that resizing has something to average over
+MARGIN = 3  # times what is left of a picture, so that resizing has something to average over
 
 
 @dataclass(frozen=True)
