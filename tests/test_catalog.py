@@ -247,6 +247,17 @@ def test_later_vectors_and_removals(c: Catalog) -> None:
     assert stored(c, ids[1]).tobytes() == unit(11).astype("<f2").tobytes()
 
 
+def test_an_item_that_loses_a_view_counts_as_removed_there(c: Catalog) -> None:
+    both = {VIEW: unit(1), "cirr": unit(2)}
+    a, b = c.commit([photo("/p/a", vectors=both), photo("/p/b", vectors=both)])
+    c.commit([photo("/p/b", 3, item_id=b)])
+    assert [c.removed(after, "cirr").tolist() for after in (0, 1, 2)] == [[b], [b], []]
+    assert c.removed(0).tolist() == []
+    c.commit(gone=[a])
+    assert (c.removed(2).tolist(), c.removed(1, "cirr").tolist()) == ([a], [a, b])
+    assert c.verify() == []
+
+
 def test_blocks_of_vectors(c: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "BLOCK", 4)
     ids = c.commit([photo(f"/p/{i}", i) for i in range(10)])

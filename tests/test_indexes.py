@@ -255,6 +255,19 @@ def test_growth_makes_another_kind_right_and_shrinking_too(tmp_path: Path, monke
         assert made.current().ntotal == 30
 
 
+def test_an_item_that_loses_a_view_is_not_found_there(tmp_path: Path) -> None:
+    both = {VIEW: rows(1, 1)[0], "cirr": rows(1, 2)[0]}
+    with Catalog.create(tmp_path) as catalog:
+        catalog.bind("f", D, {})
+        catalog.add_views(["cirr"])
+        (item,) = catalog.commit([Put(kind="image", path="/a", content_hash="a", vectors=both)])
+        made = Indexes(catalog, nobody)
+        made.sync()
+        assert made.current("cirr").ids().tolist() == [item]
+        catalog.commit([Put(kind="image", path="/a", content_hash="b", item_id=item, vectors={VIEW: rows(1, 3)[0]})])
+        assert (made.current().ids().tolist(), made.current("cirr").ids().tolist()) == ([item], [])
+
+
 # files
 
 

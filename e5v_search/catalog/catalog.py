@@ -131,9 +131,14 @@ class Catalog(Files, Transfer):
         )
         return np.array([row[0] for row in rows], dtype=np.int64)
 
-    def removed(self, after: int = 0) -> np.ndarray:
-        """Ids (n,) int64 of the items removed by states later than `after`."""
-        rows = self._rows("SELECT item_id FROM removed WHERE state > ? ORDER BY item_id", (after,))
+    def removed(self, after: int = 0, view: str = VIEW) -> np.ndarray:
+        """Ids (n,) int64 of the items removed, or written without a vector in `view`, by states later than `after`."""
+        query = (
+            "SELECT item_id FROM removed WHERE state > ?"
+            " UNION SELECT w.item_id FROM vectors w WHERE w.view = ? AND w.state > ?"
+            " AND NOT EXISTS (SELECT 1 FROM vectors v WHERE v.item_id = w.item_id AND v.view = ?)"
+        )
+        rows = self._rows(query, (after, VIEW, after, view))
         return np.array([row[0] for row in rows], dtype=np.int64)
 
     def count_vectors(self, view: str) -> int:

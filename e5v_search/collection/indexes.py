@@ -105,7 +105,7 @@ class Indexes:
         if index.stamp == stamp:
             return
         # read the stamp first: what is committed meanwhile is fetched twice rather than never
-        index.remove(self._catalog.removed(index.stamp.state))
+        index.remove(self._catalog.removed(index.stamp.state, view))
         for ids, x in self._catalog.vectors(after=index.stamp.state, view=view):
             index.put(ids, x)
             if at_once is not None and isinstance(index, MappedIndex) and index.unsaved >= at_once:
