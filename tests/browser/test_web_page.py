@@ -309,7 +309,7 @@ def test_everything_by_keys(page: Any) -> None:
     page.keyboard.press("Escape")
     page.keyboard.press("l")
     expect(page.locator(".chip.minus")).to_have_count(1)
-    page.locator("#results .tile").first.focus()
+    expect(page.locator("#results .tile").first).to_be_focused()
     page.keyboard.press("m")
     expect(page).to_have_url(re.compile(r"\?image="))
     page.keyboard.press("?")

@@ -19,13 +19,16 @@ export class Grid {
   }
 
   show(items) {
+    const held = this.list.contains(document.activeElement) ? this.tiles[this.current] : null;
     const kept = new Map(this.items.map((item, i) => [`${item.id} ${item.score}`, this.tiles[i]]));
     this.items = items;
     this.tiles = items.map((item) => kept.get(`${item.id} ${item.score}`) ?? this.#tile(item));
+    held?.querySelector(".tile").setAttribute("tabindex", "-1");
     this.list.replaceChildren(...this.tiles);
     this.current = 0;
-    this.#roam(0);
+    this.#roam(Math.max(0, this.tiles.indexOf(held)));
     this.layout();
+    if (held) this.focus(); // who walks by keys goes on where they were, or at the best of what is new
   }
 
   append(items) {
