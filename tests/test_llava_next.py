@@ -176,6 +176,23 @@ def test_order_and_batch_size_do_not_matter(ours: LlavaNextEmbedder, order: list
     assert cosines(x, ours.embed_images(PICTURES)[order]).min() > 0.999999
 
 
+def test_batches_side_by_side_equal_one_after_the_other(ours: LlavaNextEmbedder) -> None:
+    pairs = [(picture, change) for picture in PICTURES for change in ("in the snow", "without the dog")]
+    texts = [f"{n} dogs {'run ' * n}" for n in range(40)]
+
+    def all_kinds() -> np.ndarray:
+        return np.concatenate([ours.embed_images(PICTURES * 3), ours.embed_texts(texts), ours.embed_composed(pairs)])
+
+    expected, threads = all_kinds(), torch.get_num_threads()
+    ours.memory.clear()
+    torch.set_num_threads(3)
+    try:
+        x = all_kinds()
+    finally:
+        torch.set_num_threads(threads)
+    assert cosines(x, expected).min() > 0.999999
+
+
 @given(order=st.permutations(range(len(PICTURES))), tokens=st.integers(1, 3000))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_views_from_one_pass_equal_a_pass_each(ours: LlavaNextEmbedder, order: list[int], tokens: int) -> None:

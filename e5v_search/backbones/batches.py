@@ -7,12 +7,14 @@ import numpy as np
 import torch
 
 from e5v_search.errors import OutOfMemory
-from e5v_search.parallel import windows
+from e5v_search.parallel import ahead, windows
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_TOKENS = {"cuda": 32768, "mps": 8192, "cpu": 4096}
+_TOKENS = {"cuda": 32768, "mps": 8192, "cpu": 2048}
+_LEAST = 512  # tokens, for which it is worth while to have a batch more
+_ABREAST = 8  # batches under way at a time, at most
 
 WINDOW = 256  # inputs sorted by length at a time; bounds memory, costs next to no padding
 
@@ -31,21 +33,55 @@ class Batches:
         self.device, self.relieve = device, relieve
         self.tokens = _TOKENS[device.type]
 
-    def cut(self, rows: Sequence[T], length: Callable[[T], int]) -> Iterator[list[T]]:
-        """`rows` from the longest to the shortest, in lists within the budget. A row beyond it stands alone."""
+    def cut(self, rows: Sequence[T], length: Callable[[T], int], into: int = 1) -> Iterator[list[T]]:
+        """`rows` from the longest to the shortest, in lists within the budget. A row beyond it stands alone.
+
+        The lists are as many as can be dealt out evenly among `into`, where there is that much to do.
+        """
         order = sorted(rows, key=length, reverse=True)
+        budget = self.tokens
+        if into > 1 and (total := sum(map(length, rows))) >= into * _LEAST:
+            lists = into * -(-total // (into * budget))
+            budget = min(budget, total // lists + length(order[0]) - 1)
         while order:
             # the first is what the others are padded to
-            n = max(1, self.tokens // length(order[0]))
+            n = max(1, budget // length(order[0]))
             yield order[:n]
             order = order[n:]
 
     def run(self, rows: Sequence[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[R]]) -> list[R]:
-        """`forward` of all rows, which gives one result for each, in their order. Raises OutOfMemory for a single row."""
+        """`forward` of all rows, which gives one result for each, in their order. Raises OutOfMemory for a single row.
+
+        On a processor several batches are under way at a time, each with its share of torch's threads: two cores do two
+        batches sooner than they do one after the other together (benchmarks/LOG.md).
+        """
+
+        def through(batch: list[int]) -> tuple[list[int], list[R]]:
+            return batch, self._halving([rows[i] for i in batch], length, forward)
+
+        abreast = min(torch.get_num_threads(), _ABREAST) if self.device.type == "cpu" else 1
+        batches = self.cut(range(len(rows)), lambda i: length(rows[i]), abreast)
         out: dict[int, R] = {}
-        for batch in self.cut(range(len(rows)), lambda i: length(rows[i])):
-            out |= zip(batch, self._halving([rows[i] for i in batch], length, forward), strict=True)
+        for batch, found in map(through, batches) if abreast == 1 else self._abreast(through, list(batches), abreast):
+            out |= zip(batch, found, strict=True)
         return [out[i] for i in range(len(rows))]
+
+    def _abreast(self, through: Callable[[T], R], batches: Sequence[T], most: int) -> Iterator[R]:
+        """`through(batch)` of all, as many as there are, or `most`, at a time."""
+        threads = torch.get_num_threads()
+        workers = max(1, min(len(batches), most))
+
+        def with_its_share(batch: T) -> R:
+            torch.set_num_threads(threads // workers)
+            return through(batch)
+
+        if workers == 1:
+            yield from map(through, batches)
+            return
+        try:
+            yield from ahead(with_its_share, batches, workers, depth=2 * workers)
+        finally:
+            torch.set_num_threads(threads)  # some of it is the process's, not the thread's
 
     def embed(
         self, rows: Iterable[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[np.ndarray]], dim: int

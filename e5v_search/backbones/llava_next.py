@@ -312,6 +312,6 @@ class LlavaNextEmbedder(Embedder):
         if not pictures:
             return []
         pixels = torch.from_numpy(np.concatenate([p.pixels for p in pictures])).to(self.device)
-        mean, std = self._mean.to(self.device), self._std.to(self.device)
-        normalised = ((pixels.float() * (1 / 255) - mean) / std).to(self.dtype)
-        return self.model.image_features(normalised, [p.size for p in pictures], [p.grid for p in pictures])
+        mean, std = (255 * values.to(self.device) for values in (self._mean, self._std))
+        normalised = pixels.float().sub_(mean).div_(std)
+        return self.model.image_features(normalised.to(self.dtype), [p.size for p in pictures], [p.grid for p in pictures])

@@ -172,7 +172,8 @@ class Ingest:
         start = time.monotonic()
         found = embed_each(inputs, lambda some: views.embed(embedder, kind, some, of))
         rate = len(inputs) / max(time.monotonic() - start, 1e-6)
-        self._batch = min(max(int(rate * _BATCH_SECONDS), 1), 2 * self._batch, _MAX_BATCH)
+        # not less than two: two cores do them side by side
+        self._batch = min(max(int(rate * _BATCH_SECONDS), 2), 2 * self._batch, _MAX_BATCH)
         return [
             str(one) if isinstance(one, E5VError) else one if all(np.isfinite(x).all() for x in one.values()) else _NOT_FINITE
             for one in found
