@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -19,7 +20,7 @@ from e5v_search.catalog import VIEW, Catalog, Put
 from e5v_search.collection import indexes
 from e5v_search.collection.indexes import Indexes
 from e5v_search.errors import CollectionBusy, DiskFull
-from e5v_search.index import FlatIndex, IndexDamaged, MappedIndex, Recipe, Stamp, build, by_size, load
+from e5v_search.index import FlatIndex, IndexDamaged, MappedIndex, Recipe, Stamp, build, by_size, load, onebit
 
 D = 24
 # all rows are candidates: what is found must then be exactly the best
@@ -64,6 +65,14 @@ def assert_best(found: tuple[np.ndarray, np.ndarray], xb: dict[int, np.ndarray],
 def nobody() -> Iterator[None]:
     """The write lock of a collection that nobody else writes to."""
     yield
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(3)
+    yield
+    faiss.omp_set_num_threads(before)
 
 
 class LikeADict(RuleBasedStateMachine):
@@ -194,9 +203,26 @@ LikeADict.TestCase.settings = settings(max_examples=30, stateful_step_count=25, 
 
 class TestLikeADict(LikeADict.TestCase):
     @pytest.fixture(autouse=True)
-    def _small_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _small_limits(self, monkeypatch: pytest.MonkeyPatch, three_threads: None) -> None:
         monkeypatch.setattr(indexes, "_BEHIND", 7)
         monkeypatch.setattr(indexes, "_AT_ONCE", 4)
+        monkeypatch.setattr(onebit, "_PART", 40)  # bytes: three rows or so are scanned in a thread of their own
+
+
+@pytest.mark.parametrize("nq", [1, 2, 3, 9])
+def test_parts_of_a_scan_side_by_side_find_what_the_whole_finds(
+    tmp_path: Path, nq: int, three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = stored(tmp_path / "index.faiss", "one-bit", 1000)
+    xq = rows(nq, 5).astype(np.float32)
+    alone = load(tmp_path / "index.faiss")
+    monkeypatch.setattr(onebit, "_PART", 1000)
+    parts = load(tmp_path / "index.faiss")
+    some = np.array(sorted(truth)[100:900])
+    for ids in (None, some):
+        chosen = truth if ids is None else {i: truth[i] for i in ids.tolist()}
+        for index in (alone, parts):
+            assert_best(index.search(xq, 20, ids=ids), chosen, xq, 20)
 
 
 # which kind
