@@ -4,9 +4,9 @@
 
 Sizes 100m and 8b hold seeded random weights (benchmarks/models.py), tiny is e5v-tiny. The published loop
 (benchmarks/published.py) runs at batch 1 and at the best of --batches, ours as `Embedder` does it, also with int8 on a
-processor, and sentence-transformers on texts with the same weights where it is installed. Every round runs all of them, one
-after the other, each in a process of its own; a ratio is the median of the ratios within a round. Processor seconds stand
-beside seconds, as a machine may be busy with other things. Written to results/embed-SIZE.json.
+processor or fp8 on a GPU, and sentence-transformers on texts with the same weights where it is installed. Every round runs all
+of them, one after the other, each in a process of its own; a ratio is the median of the ratios within a round. Processor
+seconds stand beside seconds, as a machine may be busy with other things. Written to results/embed-SIZE.json.
 """
 
 import argparse
@@ -56,10 +56,10 @@ class Work:
 
 
 def contestant(name: str, folder: Path, args: argparse.Namespace, work: tuple[list[Path], list[str]]) -> Run:
-    """One way to embed: `ours`, `ours int8`, `published N` (batches of N) or `sentence-transformers`."""
+    """One way to embed: `ours`, `ours int8`, `ours fp8`, `published N` (batches of N) or `sentence-transformers`."""
     photos, texts = work
     if name.startswith("ours"):
-        quantize = "int8" if name.endswith("int8") else None
+        quantize = name.partition(" ")[2] or None
         embedder = LlavaNextEmbedder.load(str(folder), device=args.device, dtype=args.dtype, quantize=quantize)
         return lambda kind: embedder.embed_texts(texts) if kind == "texts" else embedder.embed_images(photos)
     dtype = getattr(torch, args.dtype)
@@ -199,7 +199,7 @@ def main() -> None:
         if args.size in SIZES:
             write(args.size, folder, getattr(torch, args.dtype))
         ways = ["ours", "published 1", *(f"published {n}" for n in args.batches), "sentence-transformers"]
-        ways += ["ours int8"] if args.device == "cpu" else []
+        ways += ["ours int8" if args.device == "cpu" else "ours fp8"]
         ways = [way for way in ways if way not in args.skip]
         runs = {way: Contestant(way, folder, args, (photos, texts)) for way in ways}
         work = Work(LlavaNextEmbedder.load(str(folder), device=args.device, dtype=args.dtype), photos, texts)

@@ -36,8 +36,9 @@ class Embedder(embedder.Embedder):
         """Load a model: "auto", a known name, a hub id (`owner/name@revision`) or a checkpoint folder.
 
         device auto/cpu/cuda/cuda:1/mps, dtype auto/float32/float16/bfloat16, quantize None, "4bit" or "8bit"
-        (bitsandbytes), or "int8" (x86 processors). tiles: of a picture at high resolution, "auto" or "full" as many as the
-        model was made for, a number at most so many, "base" none; the whole picture at low resolution is always read.
+        (bitsandbytes), "int8" (x86 processors) or "fp8" (GPUs from Hopper on). tiles: of a picture at high resolution, "auto"
+        or "full" as many as the model was made for, a number at most so many, "base" none; the whole picture at low
+        resolution is always read.
         adapter: a LoRA adapter to merge into the model, a folder or a hub id. dim: the length that vectors are cut to, of
         models that were trained for it.
         Raises UnknownModel, IncompleteCheckpoint, MissingPackage or another ModelError, UsageError.

@@ -16,14 +16,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from e5v_search.backbones.config import LlavaNextConfig
-from e5v_search.backbones.int8 import Int8Linear, swap_linears
+from e5v_search.backbones.fp8 import Fp8Linear
+from e5v_search.backbones.int8 import Int8Linear
 from e5v_search.backbones.modules import LlavaNext
+from e5v_search.backbones.packed import PackedLinear, swap_linears
 from e5v_search.errors import IncompleteCheckpoint, MissingPackage, ModelError, UsageError
 
 if TYPE_CHECKING:
     from e5v_search.backbones.adapters import Adapter
 
-QUANTIZE = ("4bit", "8bit", "int8")
+PACKED: dict[str, type[PackedLinear]] = {"int8": Int8Linear, "fp8": Fp8Linear}
+QUANTIZE = ("4bit", "8bit", *PACKED)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -159,8 +162,8 @@ def load_model(
 def _place(model: nn.Module, key: str, tensor: Tensor, device: torch.device) -> None:
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
-    if isinstance(module, Int8Linear) and name == "weight":
-        module.pack(tensor)
+    if isinstance(module, PackedLinear) and name == "weight":
+        module.pack(tensor.to(device))
         return
     old = getattr(module, name)
     if type(old) is nn.Parameter:
@@ -173,11 +176,11 @@ def _place(model: nn.Module, key: str, tensor: Tensor, device: torch.device) -> 
 
 
 def _quantize_linears(model: LlavaNext, quantize: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Swap linear layers for those of `int8`, or the decoder's for bitsandbytes' (NF4 with double quantisation, LLM.int8)."""
+    """Swap linear layers for packed ones, or the decoder's for bitsandbytes' (NF4 with double quantisation, LLM.int8)."""
     if quantize not in QUANTIZE:
         raise UsageError(f"quantize must be one of {', '.join(QUANTIZE)}, not {quantize!r}")
-    if quantize == "int8":
-        swap_linears(model, device)
+    if quantize in PACKED:
+        swap_linears(model, PACKED[quantize], device)
         return
     decoder = model.language_model
     try:

@@ -98,8 +98,8 @@ class LlavaNextEmbedder(Embedder):
         text = config.text_config
         self.name, self.quantize, self.adapter, self.folder = choice.name, choice.quantize, choice.adapter, source.folder
         self.device = checkpoint.pick_device(choice.device)
-        # what int8 leaves in floats is little: it may as well be fast
-        large = 0 if self.quantize == "int8" else text.parameters
+        # what packed layers leave in floats is little: on a processor it may as well be fast
+        large = 0 if self.quantize in checkpoint.PACKED else text.parameters
         self.dtype = checkpoint.pick_dtype(choice.dtype, self.device, large)
         self.encoder = PromptEncoder.read(source.folder, source.said(text.wording), text.max_tokens)
         spec, self._mean, self._std = preprocessing(source.folder, config)

@@ -92,8 +92,8 @@ _MODEL_OPTIONS = (
     ),
     click.option(
         "--quantize",
-        type=click.Choice(["4bit", "8bit", "int8"]),
-        help="Hold the weights in 4 or 8 bit (bitsandbytes), or compute in 8 (int8, on a processor).",
+        type=click.Choice(["4bit", "8bit", "int8", "fp8"]),
+        help="Hold the weights in 4 or 8 bit (bitsandbytes), or compute in 8: int8 on a processor, fp8 on an H100 or later.",
     ),
     click.option(
         "--tiles",

@@ -31,6 +31,7 @@ def truth(folder: str) -> np.ndarray:
     ({"dtype": "float32"}, 0.9999),
     ({"dtype": "float16"}, 0.999),
     ({"dtype": "bfloat16"}, 0.99),
+    ({"dtype": "bfloat16", "quantize": "fp8"}, 0.97),
     ({"dtype": "bfloat16", "quantize": "8bit"}, 0.95),
     ({"dtype": "bfloat16", "quantize": "4bit"}, 0.8),
 ])  # fmt: skip
