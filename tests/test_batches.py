@@ -52,6 +52,11 @@ def test_what_there_is_to_do_is_dealt_out_evenly(n: int, length: int, into: int,
     assert [len(some) for some in on_a_processor().cut(range(n), lambda _: length, into)] == sizes
 
 
+def test_a_row_much_shorter_than_the_first_begins_a_list_when_there_is_enough_in_the_one_before() -> None:
+    lengths = [100] * 2 + [95] + [50] * 5 + [40] * 3  # 2,048 tokens, of which one in eight is enough
+    assert [len(some) for some in on_a_processor().cut(lengths, lambda n: n)] == [3, 8 - 3 + 1, 2]
+
+
 def test_two_batches_are_under_way_at_a_time_with_a_thread_each(two_threads: None) -> None:
     both = threading.Barrier(2, timeout=60)
     threads = []

@@ -15,8 +15,11 @@ R = TypeVar("R")
 _TOKENS = {"cuda": 32768, "mps": 8192, "cpu": 2048}
 _LEAST = 512  # tokens, for which it is worth while to have a batch more
 _ABREAST = 8  # batches under way at a time, at most
+_ENOUGH = 8  # one in so many of the tokens of a full batch is work enough for a device
+_ALIKE = 0.9  # of the longest row's length
 
-WINDOW = 256  # inputs sorted by length at a time; bounds memory, costs next to no padding
+WINDOW = 256  # inputs sorted by length at a time: bounds memory
+TEXTS = 4096  # the same, of inputs that take next to none
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -44,8 +47,11 @@ class Batches:
             lists = into * -(-total // (into * budget))
             budget = min(budget, total // lists + length(order[0]) - 1)
         while order:
-            # the first is what the others are padded to
-            n = max(1, budget // length(order[0]))
+            # the first is what the others are padded to: where there is enough without them, they need not be
+            longest = length(order[0])
+            n = max(1, budget // longest)
+            enough = -(-self.tokens // (_ENOUGH * longest))
+            n = next((i for i in range(enough, min(n, len(order))) if length(order[i]) < _ALIKE * longest), n)
             yield order[:n]
             order = order[n:]
 
@@ -84,16 +90,26 @@ class Batches:
             torch.set_num_threads(threads)  # some of it is the process's, not the thread's
 
     def embed(
-        self, rows: Iterable[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[np.ndarray]], dim: int
+        self,
+        rows: Iterable[T],
+        length: Callable[[T], int],
+        forward: Callable[[list[T]], Iterable[np.ndarray]],
+        dim: int,
+        window: int = WINDOW,
     ) -> np.ndarray:
         """`forward` of all rows, taken a window at a time -> (n, dim), normalised."""
-        return unit(self.raw(rows, length, forward, dim))
+        return unit(self.raw(rows, length, forward, dim, window))
 
     def raw(
-        self, rows: Iterable[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[np.ndarray]], dim: int
+        self,
+        rows: Iterable[T],
+        length: Callable[[T], int],
+        forward: Callable[[list[T]], Iterable[np.ndarray]],
+        dim: int,
+        window: int = WINDOW,
     ) -> np.ndarray:
         """As `embed`, not normalised."""
-        vectors = [vector for window in windows(rows, WINDOW) for vector in self.run(window, length, forward)]
+        vectors = [vector for some in windows(rows, window) for vector in self.run(some, length, forward)]
         return np.stack(vectors) if vectors else np.empty((0, dim), np.float32)
 
     def _halving(self, batch: list[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[R]]) -> list[R]:

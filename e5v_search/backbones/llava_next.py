@@ -17,7 +17,7 @@ from torch import Tensor
 
 from e5v_search import media
 from e5v_search.backbones import Embedder, checkpoint, registry
-from e5v_search.backbones.batches import WINDOW, Batches, unit
+from e5v_search.backbones.batches import TEXTS, WINDOW, Batches, unit
 from e5v_search.backbones.config import LlavaNextConfig
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.prefix import Beginning, Key, PrefixMemory, default_limit, digest
@@ -126,7 +126,7 @@ class LlavaNextEmbedder(Embedder):
     def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray:
         """Sentences -> (n, dim). TextTooLong names the first text that does not fit the model's context."""
         ids = self.encoder.ask("text", prompts, texts)
-        return self._embed_plain(Row(row, None, self._fits(len(row), i)) for i, row in enumerate(ids))
+        return self._embed_plain((Row(row, None, self._fits(len(row), i)) for i, row in enumerate(ids)), TEXTS)
 
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
         """Pictures (paths, encoded bytes or PIL images) -> (n, dim), read ahead in threads. MediaError names the picture."""
@@ -232,9 +232,9 @@ class LlavaNextEmbedder(Embedder):
 
     # what comes out
 
-    def _embed_plain(self, rows: Iterable[Row]) -> np.ndarray:
+    def _embed_plain(self, rows: Iterable[Row], window: int = WINDOW) -> np.ndarray:
         """Every row by itself, in one pass; normalised."""
-        return self.batches.embed(rows, lambda row: row.length, self._forward, self.dim)
+        return self.batches.embed(rows, lambda row: row.length, self._forward, self.dim, window)
 
     def _embed_continued(self, rows: Iterable[Continued], window: int, memory: PrefixMemory | None = None) -> np.ndarray:
         """Rows that go on from pictures, not normalised: in each window one pass over each picture, however often it occurs."""

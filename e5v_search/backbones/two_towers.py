@@ -18,7 +18,7 @@ from PIL import Image
 
 from e5v_search import media
 from e5v_search.backbones import Embedder, checkpoint, library, registry
-from e5v_search.backbones.batches import Batches, unit
+from e5v_search.backbones.batches import TEXTS, Batches, unit
 from e5v_search.backbones.pixels import Pixels
 from e5v_search.backbones.prompt_encoder import load_tokenizer
 from e5v_search.backbones.tiles import Size
@@ -57,7 +57,7 @@ class TwoTowers(Embedder):
 
     def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray:
         """Sentences -> (n, dim); the prompt set does not matter."""
-        return self.batches.embed(self.tokens(texts), len, self._texts, self.dim)
+        return self.batches.embed(self.tokens(texts), len, self._texts, self.dim, TEXTS)
 
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
         """Pictures (paths, encoded bytes or PIL images) -> (n, dim), read ahead in threads. MediaError names the picture."""

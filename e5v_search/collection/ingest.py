@@ -25,7 +25,7 @@ from e5v_search.parallel import ahead
 
 COMMIT_SECONDS = 2.0
 _BATCH_SECONDS = 1.0  # a model call takes about this long, so that even an 8B model on a laptop commits often
-_MAX_BATCH = 256
+_MAX_BATCH = 1024
 
 T = TypeVar("T")
 
