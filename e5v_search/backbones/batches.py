@@ -97,18 +97,7 @@ class Batches:
         dim: int,
         window: int = WINDOW,
     ) -> np.ndarray:
-        """`forward` of all rows, taken a window at a time -> (n, dim), normalised."""
-        return unit(self.raw(rows, length, forward, dim, window))
-
-    def raw(
-        self,
-        rows: Iterable[T],
-        length: Callable[[T], int],
-        forward: Callable[[list[T]], Iterable[np.ndarray]],
-        dim: int,
-        window: int = WINDOW,
-    ) -> np.ndarray:
-        """As `embed`, not normalised."""
+        """`forward` of all rows, taken a window at a time -> (n, dim) as it gives them, not normalised."""
         vectors = [vector for some in windows(rows, window) for vector in self.run(some, length, forward)]
         return np.stack(vectors) if vectors else np.empty((0, dim), np.float32)
 

@@ -234,7 +234,7 @@ class LlavaNextEmbedder(Embedder):
 
     def _embed_plain(self, rows: Iterable[Row], window: int = WINDOW) -> np.ndarray:
         """Every row by itself, in one pass; normalised."""
-        return self.batches.embed(rows, lambda row: row.length, self._forward, self.dim, window)
+        return unit(self.batches.embed(rows, lambda row: row.length, self._forward, self.dim, window))
 
     def _embed_continued(self, rows: Iterable[Continued], window: int, memory: PrefixMemory | None = None) -> np.ndarray:
         """Rows that go on from pictures, not normalised: in each window one pass over each picture, however often it occurs."""

@@ -57,7 +57,7 @@ class TwoTowers(Embedder):
 
     def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray:
         """Sentences -> (n, dim); the prompt set does not matter."""
-        return self.batches.embed(self.tokens(texts), len, self._texts, self.dim, TEXTS)
+        return unit(self.batches.embed(self.tokens(texts), len, self._texts, self.dim, TEXTS))
 
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
         """Pictures (paths, encoded bytes or PIL images) -> (n, dim), read ahead in threads. MediaError names the picture."""
@@ -102,7 +102,7 @@ class TwoTowers(Embedder):
         )
 
     def _embed_pixels(self, prepared: Iterable[np.ndarray]) -> np.ndarray:
-        return self.batches.embed(prepared, lambda _: self._patches, self._images, self.dim)
+        return unit(self.batches.embed(prepared, lambda _: self._patches, self._images, self.dim))
 
     @torch.inference_mode()
     def _texts(self, batch: Sequence[list[int]]) -> np.ndarray:

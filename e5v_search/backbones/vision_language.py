@@ -140,7 +140,7 @@ class VisionLanguage(Embedder):
 
     def _embed(self, rows: Iterable[Row]) -> np.ndarray:
         fitting = (self._fits(row, i) for i, row in enumerate(rows))
-        return self.batches.raw(fitting, lambda row: len(row.ids), self._forward, self.dim)
+        return self.batches.embed(fitting, lambda row: len(row.ids), self._forward, self.dim)
 
     def _fits(self, row: Row, index: int) -> Row:
         if len(row.ids) > self.encoder.max_tokens:
