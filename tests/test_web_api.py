@@ -154,6 +154,28 @@ def counts(served: Served) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
+def test_metrics_are_what_prometheus_reads(served: Served) -> None:
+    served.get("/api/search", q="a cat")
+    answer = served.get("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert answer.body.endswith(b"\n")
+    types: dict[str, str] = {}
+    seen: set[str] = set()
+    for line in answer.body.decode().splitlines():
+        if declared := re.fullmatch(r"# TYPE ([a-z_][a-z0-9_]*) (counter|gauge|histogram)", line):
+            assert declared[1] not in types  # once, and before its samples
+            types[declared[1]] = declared[2]
+            continue
+        sample = re.fullmatch(r'([a-z_][a-z0-9_]*)(\{[a-z]+="[^"\\]*"(?:,[a-z]+="[^"\\]*")*\})? (\S+)', line)
+        assert sample, line
+        assert float(sample[3]) >= 0
+        assert line.rsplit(" ", 1)[0] not in seen
+        seen.add(line.rsplit(" ", 1)[0])
+        name = sample[1] if sample[1] in types else re.sub("_(bucket|sum|count)$", "", sample[1])
+        assert (types[name] == "counter") == name.endswith("_total"), line
+    assert {"counter", "gauge", "histogram"} == set(types.values())
+
+
 def test_metrics_count_requests(served: Served) -> None:
     name = 'e5v_search_requests_total{route="/api/search",status="400"}'
     before = counts(served).get(name, 0)
@@ -286,10 +308,16 @@ def test_what_is_indexed_or_forgotten_meanwhile_is_in_the_results(own: Path, tmp
 def test_another_collection_in_the_same_place_is_noticed(own: Path, tmp_path: Path) -> None:
     with serving(own) as served:
         assert len(served.get("/api/search", q="a cat", k=50).json["hits"]) == 14
+        events = listen(served)
+        before = next(events)["version"]
         own.rename(tmp_path / "away")
         assert served.get("/api/search", q="a cat").status == 503
         assert served.get("/api/items").status == 503
+        assert "e5v_search_uploads 0" in served.get("/metrics").body.decode()
+        assert next(events)["version"] == "gone"
         run("index", *write_photos(tmp_path / "new", 2), "-c", own, "--quiet")
+        assert next(events)["version"] not in (before, "gone")
+        events.close()
         assert len(served.get("/api/search", q="a cat", k=50).json["hits"]) == 2
         assert served.get("/api/items").json["total"] == 2
         (own / "catalog.sqlite").unlink()

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from serving import Served, form, jpeg, serving, wait_for
 
 from e5v_search.collection import Collection
 from e5v_search.errors import ServiceBusy
-from e5v_search.web import safety, uploads
+from e5v_search.web import connections, safety, uploads
 from e5v_search.web.engine import SHARE
 from e5v_search.web.safety import Access
 from e5v_search.web.turns import Turns, Turnstile
@@ -281,6 +282,72 @@ def test_a_greedy_client_is_told_to_come_again(gallery: Path, monkeypatch: pytes
         for thread in asking:
             thread.join()
         assert sorted(answer.status for answer in answers) == [200] * SHARE + [429] * 6
+
+
+def test_only_so_many_pictures_are_in_memory(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    real = Collection.answer_all
+
+    def slow(self: Collection, asks: Any) -> Any:
+        assert free.wait(60)
+        return real(self, asks)
+
+    with serving(gallery) as served:
+        share = served.server.service.uploads.share
+        monkeypatch.setattr(Collection, "answer_all", slow)
+        answers: list[Any] = []
+        asking = [
+            threading.Thread(target=lambda n=n: answers.append(served.post("/api/search", jpeg(seed=n), k=1)))
+            for n in range(share + 3)
+        ]
+        for thread in asking:
+            thread.start()
+        wait_for(lambda: len(answers) == 3)
+        assert {answer.status for answer in answers} == {429}
+        assert f"e5v_search_uploads {share}" in served.get("/metrics").body.decode()
+        free.set()
+        for thread in asking:
+            thread.join()
+        assert sorted(answer.status for answer in answers) == [200] * share + [429] * 3
+        assert len(served.server.service.uploads) == 0
+
+
+def test_who_only_connects_takes_no_place_from_others(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SHARE", 4)
+    with serving(gallery) as served, ExitStack() as stack:
+        host, _, port = served.host.partition(":")
+
+        def connected(source: str) -> socket.socket:
+            found = socket.create_connection((host, int(port)), timeout=30, source_address=(source, 0))
+            return stack.enter_context(found)
+
+        silent = [connected("127.0.0.1") for _ in range(4)]
+        assert connected("127.0.0.1").recv(100).startswith(b"HTTP/1.1 429 ")
+        other = connected("127.0.0.2")
+        other.sendall(f"GET /healthz HTTP/1.1\r\nHost: {served.host}\r\n\r\n".encode())
+        assert other.recv(100).startswith(b"HTTP/1.1 200 ")
+        silent[0].close()
+
+        def let_in() -> bool:
+            with suppress(OSError):  # hung up on
+                return served.get("/healthz").status == 200
+            return False
+
+        wait_for(let_in)
+
+
+def test_a_head_that_comes_slowly_has_an_end(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    with serving(gallery) as served:
+        host, _, port = served.host.partition(":")
+        whole = f"GET /healthz HTTP/1.1\r\nHost: {served.host}\r\n\r\n".encode()
+        for start in (b"", b"GET /healthz HT", whole + b"GET /heal"):
+            with socket.create_connection((host, int(port)), timeout=30) as connection:
+                connection.sendall(start)
+                answer = b""
+                while part := connection.recv(1000):
+                    answer += part
+                assert answer.count(b"200 OK") == (len(start) > len(whole))
 
 
 def test_who_is_waited_for_goes_first() -> None:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
-from e5v_search.errors import ServiceBusy
 from e5v_search.web.answers import RESPONSES, ascii_json
 from e5v_search.web.schemas import Facets, Failures, Health, Points, Run, Status
 from e5v_search.web.searching import who
@@ -18,12 +17,11 @@ from e5v_search.web.service import Service
 
 _LOOK_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 15.0
-_LISTENERS = 64
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def router(service: Service, stopping: Callable[[], bool]) -> APIRouter:
     routes = APIRouter(tags=["collection"], responses=RESPONSES)
-    listeners = 0
 
     @routes.get("/api/status", response_model=Status, summary="What the collection holds")
     async def status(request: Request) -> Response:
@@ -57,15 +55,13 @@ def router(service: Service, stopping: Callable[[], bool]) -> APIRouter:
         return ascii_json(asdict(service.runs.state()), 202)
 
     @routes.get("/api/events", summary="A line whenever the collection changes or a run goes on (server-sent events)")
-    async def events() -> StreamingResponse:
-        if listeners >= _LISTENERS:
-            raise ServiceBusy("too many listen already")
-        return StreamingResponse(_news(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    async def events(request: Request) -> StreamingResponse:
+        with service.listeners.enter(who(request)):  # refused here, before the stream begins
+            pass
+        return StreamingResponse(_news(who(request)), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    async def _news() -> AsyncIterator[str]:
-        nonlocal listeners
-        listeners += 1
-        try:
+    async def _news(who: str) -> AsyncIterator[str]:
+        with service.listeners.enter(who):
             last: dict[str, Any] = {}
             spoke = time.monotonic()
             while not stopping():
@@ -78,8 +74,6 @@ def router(service: Service, stopping: Callable[[], bool]) -> APIRouter:
                     await asyncio.sleep(_LOOK_SECONDS)
                     continue
                 last, spoke = now, time.monotonic()
-        finally:
-            listeners -= 1
 
     @routes.get("/healthz", response_model=Health, tags=["service"], summary="Whether the service answers")
     async def health() -> Response:
@@ -87,6 +81,6 @@ def router(service: Service, stopping: Callable[[], bool]) -> APIRouter:
 
     @routes.get("/metrics", response_class=PlainTextResponse, tags=["service"], summary="Counts for Prometheus")
     async def metrics() -> Response:
-        return PlainTextResponse(service.metrics.text(service.gauges()))
+        return PlainTextResponse(service.metrics.text(service.gauges()), media_type=_PROMETHEUS)
 
     return routes

@@ -69,17 +69,18 @@ def router(service: Service) -> APIRouter:
         "/api/search", response_model=Found, openapi_extra=_form_schema(), summary="The same with a picture that is sent along"
     )
     async def search_by_upload(request: Request) -> Response:
-        form = await uploads.read_form(request)
-        values: dict[str, Any] = {n: found if n in _LISTS else found[-1] for n, found in form.fields.items()}
-        if form.picture is not None:
-            values.pop("image", None)
-            picture = form.picture
-            await service.pictures.run(lambda _: uploads.check_picture(picture), who(request))
-        try:
-            asked = Asked.model_validate(values)
-        except ValidationError as error:
-            raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from error
-        return await _answer(request, asked.to_ask(form.picture))
+        with service.uploads.enter(who(request)):
+            form = await uploads.read_form(request)
+            values: dict[str, Any] = {n: found if n in _LISTS else found[-1] for n, found in form.fields.items()}
+            if form.picture is not None:
+                values.pop("image", None)
+                picture = form.picture
+                await service.pictures.run(lambda _: uploads.check_picture(picture), who(request))
+            try:
+                asked = Asked.model_validate(values)
+            except ValidationError as error:
+                raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from error
+            return await _answer(request, asked.to_ask(form.picture))
 
     async def _answer(request: Request, ask: Ask) -> Response:
         return Response(await service.search(ask, who(request)), media_type="application/json")

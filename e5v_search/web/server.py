@@ -15,6 +15,7 @@ from e5v_search.collection import Collection
 from e5v_search.config import ModelChoice, collection_path
 from e5v_search.errors import UsageError
 from e5v_search.web.app import create_app
+from e5v_search.web.connections import CONNECTIONS, BoundedConnection
 from e5v_search.web.local import listening
 from e5v_search.web.safety import LOCAL, Access, is_local
 from e5v_search.web.service import Service
@@ -22,7 +23,6 @@ from e5v_search.web.service import Service
 PORT = 8765
 _TRIED = 10  # ports, when none is named
 _LEAST_TOKEN = 16  # characters
-_CONNECTIONS = 1000
 _IDLE_SECONDS = 75  # longer than a person looks at a photo
 _GRACE_SECONDS = 5  # for what is under way when the service is told to stop
 
@@ -64,7 +64,8 @@ class Server:
             log_level="warning",
             access_log=False,
             server_header=False,
-            limit_concurrency=_CONNECTIONS,
+            http=BoundedConnection,
+            limit_concurrency=CONNECTIONS,
             timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=_GRACE_SECONDS,
             lifespan="off",

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,11 +14,13 @@ from e5v_search.catalog import Catalog, Item, Overview
 from e5v_search.collection import Collection
 from e5v_search.collection.asking import Ask
 from e5v_search.config import ModelChoice
+from e5v_search.errors import E5VError
 from e5v_search.web.engine import Engine
 from e5v_search.web.memory import Answers
 from e5v_search.web.metrics import Metrics
 from e5v_search.web.readers import Catalogs, Readers
 from e5v_search.web.runs import Runs
+from e5v_search.web.turns import Turnstile
 
 _STATUS_SECONDS = 5.0  # a status is asked of the disk no more often
 _SELECTIONS = 32  # answers to filters that are remembered
@@ -35,6 +38,8 @@ class Service:
         self.quick = Readers(self.catalogs, "quick", workers=2, limit=256, share=128)
         self.pictures = Readers(self.catalogs, "pictures", workers=2, limit=512, share=256)
         self.slow = Readers(self.catalogs, "slow", workers=1, limit=16, share=8)
+        self.uploads = Turnstile(limit=16, share=8)  # each is in memory as a whole
+        self.listeners = Turnstile(limit=64, share=32)
         self.answers = Answers()
         self.runs = Runs(folder, self.engine, choice, allow_index)
         self._once: dict[str, tuple[Any, Any]] = {}
@@ -129,15 +134,22 @@ class Service:
             return points(collection)
 
     def gauges(self) -> dict[str, float]:
-        return {
+        found = {
             "waiting_questions": len(self.engine.turnstile),
             "waiting_reads": len(self.quick.turnstile),
             "waiting_pictures": len(self.pictures.turnstile),
-            "collection_state": self.catalogs.version()[1],
+            "uploads": len(self.uploads),
+            "listeners": len(self.listeners),
             "indexing": float(self.runs.state().running),
         }
+        with suppress(E5VError):  # a service without its collection is still to be counted
+            found["collection_state"] = self.catalogs.version()[1]
+        return found
 
     def news(self) -> dict[str, Any]:
         """What the page is told when it changes."""
-        uid, state = self.catalogs.version()
-        return {"version": f"{uid[:8]}-{state}", "run": asdict(self.runs.state())}
+        version = "gone"
+        with suppress(E5VError):
+            uid, state = self.catalogs.version()
+            version = f"{uid[:8]}-{state}"
+        return {"version": version, "run": asdict(self.runs.state())}
