@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import numpy as np
 from e5v_search.catalog.records import KINDS
 from e5v_search.catalog.where import FOLDER
 from e5v_search.filters import quoted
+from e5v_search.filters.geo import RADIUS
 
 _MOST = 300  # values of one fact that are told
 _CELLS = 4  # per degree: places within a quarter of a degree are one
 _REACH = 40  # km: from any point of a cell to any other
+_EARTH = RADIUS / 1000  # km
 
 # the rows that an Overview is made of
 ROWS = (
@@ -64,25 +67,48 @@ class Overview:
             "total": int(chosen.sum()),
             "kind": [_facet("kind", kind, kinds[kind]) for kind in KINDS if kind in kinds],
             "taken": _years(self._month.counts(chosen)),
-            "folder": _folders(self._folder.counts(chosen)),
+            "folder": self._folders(chosen),
             "camera": _commonest("camera", self._camera.counts(chosen)),
             "format": _commonest("format", self._format.counts(chosen)),
-            "place": self._places(chosen),
+            "place": [
+                {"lat": lat, "lon": lon, "count": n, "where": f"near={lat:.5f},{lon:.5f},{_REACH}km"}
+                for lat, lon, near in self._places
+                if (n := int(chosen[near].sum()))
+            ],
         }
 
-    def _places(self, chosen: np.ndarray) -> list[dict[str, Any]]:
-        """Cells of the map, the fullest first, each at the mean of its photos."""
-        lat, lon = self._place[:, chosen & ~np.isnan(self._place).any(axis=0)]
-        if not len(lat):
+    # folders and places are those of all items, whichever are counted: the same values have the same filters
+
+    def _folders(self, chosen: np.ndarray) -> list[dict[str, Any]]:
+        within = _within(self._folder.counts(chosen))
+        return [_facet("folder", path, within[path]) for path in self._tree if path in within]
+
+    @cached_property
+    def _tree(self) -> list[str]:
+        """The fullest folders, by path, down from the one that holds all."""
+        counts = self._folder.counts(np.ones(len(self.ids), bool))
+        within, total = _within(counts), sum(counts.values())
+        top = max((path for path, n in within.items() if n == total), key=len, default="")
+        below = [path for path in within if len(path) >= len(top)]
+        return sorted(sorted(below, key=lambda path: (-within[path], path))[:_MOST])
+
+    @cached_property
+    def _places(self) -> list[tuple[float, float, np.ndarray]]:
+        """Cells of the map, the fullest first: the mean of its photos, and which items (m,) are within reach of it."""
+        known = np.flatnonzero(~np.isnan(self._place).any(axis=0))
+        known = known[np.argsort(self._place[0, known], kind="stable")]
+        lat, lon = self._place[:, known]
+        if not len(known):
             return []
         cells, cell = np.unique(np.floor(np.stack([lat, lon]) * _CELLS), axis=1, return_inverse=True)
         n = np.bincount(cell, minlength=cells.shape[1])
-        means = [np.bincount(cell, values, minlength=len(n)) / n for values in (lat, lon)]
-        fullest = np.argsort(-n, kind="stable")[:_MOST]
-        return [
-            {"lat": float(lat), "lon": float(lon), "count": int(n[i]), "where": f"near={lat:.5f},{lon:.5f},{_REACH}km"}
-            for i, lat, lon in zip(fullest.tolist(), *(mean[fullest].round(5) for mean in means), strict=True)
-        ]
+        means = np.stack([np.bincount(cell, values, minlength=len(n)) / n for values in (lat, lon)]).round(5)
+        reach = np.degrees(_REACH / _EARTH) + 1e-6
+        found = []
+        for y, x in means[:, np.argsort(-n, kind="stable")[:_MOST]].T.tolist():
+            band = slice(*np.searchsorted(lat, [y - reach, y + reach]))
+            found.append((y, x, known[band][_kilometres(y, x, lat[band], lon[band]) <= _REACH]))
+        return found
 
 
 def _facet(name: str, value: str, n: int) -> dict[str, Any]:
@@ -104,8 +130,8 @@ def _years(months: dict[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-def _folders(counts: dict[str, int]) -> list[dict[str, Any]]:
-    """Every folder with what lies in it or anywhere below, down from the one that holds all; the fullest, by path."""
+def _within(counts: dict[str, int]) -> dict[str, int]:
+    """Of every folder, how much lies in it or anywhere below."""
     within: dict[str, int] = {}
     for folder, n in counts.items():
         path = folder.rstrip(os.sep) or os.sep
@@ -115,8 +141,12 @@ def _folders(counts: dict[str, int]) -> list[dict[str, Any]]:
             if parent == path:
                 break
             path = parent
-    total = sum(counts.values())
-    top = max((path for path, n in within.items() if n == total), key=len, default="")
-    below = [path for path in within if len(path) >= len(top)]
-    fullest = sorted(below, key=lambda path: (-within[path], path))[:_MOST]
-    return [_facet("folder", path, within[path]) for path in sorted(fullest)]
+    return within
+
+
+def _kilometres(lat: float, lon: float, lats: np.ndarray, lons: np.ndarray) -> np.ndarray:
+    """From one point to others (n,), all in degrees."""
+    a, b = np.radians(lat), np.radians(lats)
+    h = np.sin((b - a) / 2) ** 2 + np.cos(a) * np.cos(b) * np.sin(np.radians(lons - lon) / 2) ** 2
+    found: np.ndarray = 2 * _EARTH * np.arcsin(np.sqrt(np.minimum(h, 1.0)))
+    return found

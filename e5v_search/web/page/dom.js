@@ -57,6 +57,18 @@ export const day = (moment) => new Date(moment.slice(0, 19)).toLocaleDateString(
 
 export const thumbnail = (id, size) => `/api/items/${id}/thumbnail?size=${size}`;
 
+// New children for an element. What has the focus in it keeps it, by its data-key, or else hands it on to `next()`.
+export function redraw(element, children, next) {
+  const held = element.contains(document.activeElement) ? document.activeElement : null;
+  element.replaceChildren(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+  if (!held || held.isConnected) return;
+  const key = held.dataset.key, same = key && [...element.querySelectorAll("[data-key]")].find((each) => each.dataset.key === key);
+  (same || next())?.focus({ preventScroll: true });
+}
+
+// A path that may be broken where its folders end.
+export const broken = (path) => path.split(/(?<=[\\/])/).flatMap((part) => [part, document.createElement("wbr")]);
+
 let saidTimer = 0;
 export function say(text) {
   $("said").textContent = text;

@@ -1,6 +1,6 @@
 // The page: what is asked comes from the address bar, and every action is a new address.
 
-import { $, fileName, h, number, plural, say, thumbnail } from "./dom.js";
+import { $, fileName, h, number, plural, redraw, say, thumbnail } from "./dom.js";
 import { Filters } from "./filters.js";
 import { Grid, told } from "./grid.js";
 import { Look } from "./look.js";
@@ -127,7 +127,7 @@ function nothing(isCut) {
     : asks(state) ? "Nothing found." : "This collection is empty. Fill it with: e5v-search index FOLDER");
   const way = isCut ? h("button", { type: "button", onclick: () => to({ t: "" }) }, "Any score")
     : filtered ? h("button", { type: "button", onclick: () => to({ f: [], from: "", to: "" }) }, "Without filters") : null;
-  $("nothing").replaceChildren(h("p", {}, line), way ?? "");
+  redraw($("nothing"), [h("p", {}, line), way], () => $("query"));
 }
 
 // more, as one scrolls
@@ -188,14 +188,15 @@ function reference() {
   drawn = key;
   if (preview) URL.revokeObjectURL(preview);
   preview = "";
-  if (!hasReference()) return $("reference").replaceChildren();
+  if (!hasReference()) return redraw($("reference"), [], () => $("query"));
   const file = uploads.get(state.upload);
   preview = file ? URL.createObjectURL(file) : "";
   const picture = state.image
-    ? h("button", { type: "button", "aria-label": "Look at the picture that is searched by", onclick: () => to({ item: state.image }) }, h("img", { src: thumbnail(state.image, 256), alt: "" }))
+    ? h("button", { type: "button", "data-key": "look", "aria-label": "Look at the picture that is searched by", onclick: () => to({ item: state.image }) }, h("img", { src: thumbnail(state.image, 256), alt: "" }))
     : file ? h("img", { src: preview, alt: `Your picture ${fileName(file.name)}` }) : h("i", {}, "?");
   picture.addEventListener("error", () => picture.replaceWith(h("i", {}, "¶")), true);
-  $("reference").replaceChildren(picture, h("button", { type: "button", className: "drop", "aria-label": "Search without the picture", onclick: () => to({ image: "", upload: "", modify: "", q: state.modify }) }, "✕"));
+  const drop = h("button", { type: "button", className: "drop", "data-key": "drop", "aria-label": "Search without the picture", onclick: () => to({ image: "", upload: "", modify: "", q: state.modify }) }, "✕");
+  redraw($("reference"), [picture, drop], () => $("query"));
 }
 
 let termsDrawn = "";
@@ -205,7 +206,7 @@ function terms() {
   termsDrawn = key;
   const chips = [...state.plus.map((term, i) => chip("plus", term, i)), ...state.minus.map((term, i) => chip("minus", term, i))];
   const adders = asks(state) ? [adder("plus", "+ more of…"), adder("minus", "− less of…")] : [];
-  $("terms").replaceChildren(...chips, ...adders);
+  redraw($("terms"), [...chips, ...adders], () => $("terms").querySelector(".adder") ?? $("query"));
   $("terms").hidden = !chips.length && !adders.length;
 }
 
@@ -215,19 +216,19 @@ function chip(sign, term, i) {
   const value = h("output", {}, weight.toFixed(1));
   const change = (weight) => state[sign].with(i, writeTerm({ image, text, weight }));
   const slider = h("input", {
-    type: "range", min: "0.1", max: "2", step: "0.1", value: String(weight), "aria-label": `Weight of ${name}`,
+    type: "range", "data-key": `weight ${sign} ${i}`, min: "0.1", max: "2", step: "0.1", value: String(weight), "aria-label": `Weight of ${name}`,
     oninput: () => { value.textContent = Number(slider.value).toFixed(1); },
     onchange: () => to({ [sign]: change(Number(slider.value)) }),
   });
   return h("span", { className: `chip ${sign}` },
     h("b", { "aria-label": sign === "plus" ? "more of" : "less of" }, sign === "plus" ? "+" : "−"),
     image ? h("img", { src: thumbnail(image, 256), alt: `picture ${image}` }) : h("span", {}, text), slider, value,
-    h("button", { type: "button", "aria-label": `Remove ${name}`, onclick: () => to({ [sign]: state[sign].toSpliced(i, 1) }) }, "✕"));
+    h("button", { type: "button", "data-key": `remove ${sign} ${i}`, "aria-label": `Remove ${name}`, onclick: () => to({ [sign]: state[sign].toSpliced(i, 1) }) }, "✕"));
 }
 
 function adder(sign, label) {
   const add = () => { if (input.value.trim()) to({ [sign]: [...state[sign], writeTerm({ text: input.value.trim(), weight: 1 })] }); };
-  const input = h("input", { type: "text", className: `adder ${sign}`, placeholder: label, "aria-label": sign === "plus" ? "More of" : "Less of", autocomplete: "off", onchange: add });
+  const input = h("input", { type: "text", className: `adder ${sign}`, "data-key": `add ${sign}`, placeholder: label, "aria-label": sign === "plus" ? "More of" : "Less of", autocomplete: "off", onchange: add });
   return input;
 }
 
