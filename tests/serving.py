@@ -20,6 +20,7 @@ from e5v_search.web.server import Server
 
 SAMPLES = Path(__file__).parent.parent / "e5v_search/samples"
 NAMES = ("cat", "astronaut", "coffee", "grass", "rocket-launch", "photographer", "raccoon", "staircase")
+SLOW = 60_000  # ms that a busy machine may take for anything in a browser
 EVIL = "<img src=x onerror=window.hacked=1>.jpg"
 TEXT = "<script>window.hacked=2</script> two dogs play in the snow"
 

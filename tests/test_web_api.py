@@ -19,8 +19,9 @@ from command_line import run, write_photos
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from serving import EVIL, TEXT, Served, jpeg, serving, wait_for
+from serving import EVIL, SAMPLES, TEXT, Served, jpeg, serving, wait_for
 
+import e5v_search
 from e5v_search.catalog import Catalog
 from e5v_search.collection import Collection
 from e5v_search.collection.asking import Ask
@@ -383,6 +384,14 @@ def test_the_api_is_described(served: Served) -> None:
     form_fields = described["paths"]["/api/search"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert form_fields["properties"]["image"]["format"] == "binary"
     assert {"q", "modify", "minus", "where", "k"} <= set(form_fields["properties"])
+
+
+def test_land_on_the_map_of_places_is_that_of_the_sample() -> None:
+    with Image.open(SAMPLES / "world-map.jpg") as image:
+        red, _, blue = np.asarray(image.convert("RGB").resize((144, 72), Image.Resampling.BOX), int).transpose(2, 0, 1)
+    script = (Path(e5v_search.__file__).parent / "web/page/world.js").read_text(encoding="utf-8")
+    land = base64.b64decode("".join(re.findall(r'^  "([A-Za-z0-9+/=]+)",$', script, re.MULTILINE)))
+    assert land == np.packbits(blue - red < 40).tobytes()
 
 
 def test_answers_are_forgotten_when_there_are_too_many() -> None:

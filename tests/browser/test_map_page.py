@@ -1,5 +1,6 @@
 """The page of a map in a real browser: it draws, shows what is under the pointer, finds, and runs nothing but itself."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pictures import photo
+from serving import wait_for
 
 from e5v_search.catalog import Item
 from e5v_search.map.page import page as map_page
@@ -67,6 +69,11 @@ def place(page: Any, x: float, y: float) -> tuple[float, float]:
     return box["x"] + box["width"] / 2 + x * scale, box["y"] + box["height"] / 2 - y * scale
 
 
+def colour(page: Any, x: float, y: float) -> list[int]:
+    found: list[int] = page.evaluate(COLOUR, place(page, x, y))
+    return found
+
+
 def listed(page: Any) -> list[str]:
     return [text.strip() for text in page.locator("#list span").all_inner_texts()]
 
@@ -75,8 +82,7 @@ def test_what_is_under_the_pointer_is_shown(page: Any) -> None:
     assert page.title() == "Map of corners"
     assert page.locator("#card").is_hidden()
     page.mouse.move(*place(page, -1, 1))
-    page.wait_for_selector("#card:not([hidden])")
-    assert page.inner_text("#name") == "red.jpg"
+    expect(page.locator("#name")).to_have_text("red.jpg")
     assert page.inner_text("#note") == "photo · 120×90 · 2019-05-01"
     expect(page.locator("#thumb")).to_have_js_property("naturalWidth", 120)
     page.mouse.move(*place(page, 1, -1))
@@ -90,14 +96,11 @@ def test_what_is_under_the_pointer_is_shown(page: Any) -> None:
 
 def test_points_have_the_colours_of_their_kinds(page: Any) -> None:
     page.uncheck("#pictures")
-    page.wait_for_timeout(200)
-    blue, orange, green = (page.evaluate(COLOUR, place(page, *at)) for at in ((-1, 1), (0, 0), (0.4, 0)))
-    assert blue[2] > blue[1] > blue[0]
-    assert orange[0] > orange[1] > orange[2]
-    assert green[1] > green[2] > green[0]
+    wait_for(lambda: (blue := colour(page, -1, 1))[2] > blue[1] > blue[0])
+    wait_for(lambda: (orange := colour(page, 0, 0))[0] > orange[1] > orange[2])
+    wait_for(lambda: (green := colour(page, 0.4, 0))[1] > green[2] > green[0])
     page.click("#kinds button:has-text('rendered')")
-    page.wait_for_timeout(300)
-    assert page.evaluate(COLOUR, place(page, 0.4, 0))[3] == 0
+    wait_for(lambda: colour(page, 0.4, 0)[3] == 0)
     assert page.get_attribute("#kinds button:has-text('rendered')", "aria-pressed") == "false"
     assert len(listed(page)) == 5
 
@@ -111,9 +114,8 @@ def test_items_are_found_by_name_and_text(page: Any) -> None:
     page.fill("#query", "green")
     expect(page.locator("#list span")).to_have_text("green.jpg")
     page.click("#list button")
-    page.wait_for_timeout(600)
-    assert page.inner_text("#name") == "green.jpg"
-    assert page.inner_text("#said").startswith("photo, green.jpg")
+    expect(page.locator("#name")).to_have_text("green.jpg")
+    expect(page.locator("#said")).to_have_text(re.compile("^photo, green.jpg"))
     page.fill("#query", "nothing of the kind")
     expect(page.locator("#list li")).to_have_count(0)
 
@@ -124,8 +126,7 @@ def test_it_moves_by_mouse_and_keys(page: Any) -> None:
     page.mouse.wheel(0, -600)
     expect(page.locator("#list li")).to_have_count(1)
     page.mouse.move(at[0] + 1, at[1])  # what was under the pointer still is
-    page.wait_for_selector("#card:not([hidden])")
-    assert page.inner_text("#name") == "red.jpg"
+    expect(page.locator("#name")).to_have_text("red.jpg")
     page.mouse.down()
     page.mouse.move(at[0] + 120, at[1] + 60, steps=5)
     page.mouse.up()
@@ -137,7 +138,7 @@ def test_it_moves_by_mouse_and_keys(page: Any) -> None:
     for key in ("+", "+", "ArrowRight"):
         page.keyboard.press(key)
     page.keyboard.press("Enter")
-    assert page.inner_text("#said") != ""
+    expect(page.locator("#said")).not_to_be_empty()
     page.keyboard.press("Escape")
     page.wait_for_selector("#card", state="hidden")
 

@@ -31,6 +31,7 @@ export const ICONS = {
   more: "M4 8c3-4 6 4 10 0 2-2 4-2 6-1M4 16c3-4 6 4 10 0 2-2 4-2 6-1",
   change: "M4 20l1-5L16 4l4 4L9 19l-5 1zM14 6l4 4",
   less: "M5 12h14",
+  map: ["M12 21s6.5-6 6.5-11a6.5 6.5 0 0 0-13 0c0 5 6.5 11 6.5 11z", "M12 12.2a2.2 2.2 0 1 0 0-4.4 2.2 2.2 0 0 0 0 4.4z"],
   left: "M15 5l-7 7 7 7",
   right: "M9 5l7 7-7 7",
   close: "M6 6l12 12M18 6L6 18",
@@ -61,8 +62,8 @@ export const thumbnail = (id, size) => `/api/items/${id}/thumbnail?size=${size}`
 export function redraw(element, children, next) {
   const held = element.contains(document.activeElement) ? document.activeElement : null;
   element.replaceChildren(...children.filter((child) => child !== null && child !== undefined && child !== ""));
-  if (!held || held.isConnected) return;
-  const key = held.dataset.key, same = key && [...element.querySelectorAll("[data-key]")].find((each) => each.dataset.key === key);
+  if (!held || document.activeElement === held) return;
+  const { key } = held.dataset, same = key && [...element.querySelectorAll("[data-key]")].find((each) => each.dataset.key === key);
   (same || next())?.focus({ preventScroll: true });
 }
 

@@ -19,7 +19,7 @@ export class Grid {
   }
 
   show(items) {
-    const held = this.list.contains(document.activeElement) ? this.tiles[this.current] : null;
+    const inside = this.list.contains(document.activeElement), held = inside ? this.tiles[this.current] : null;
     const kept = new Map(this.items.map((item, i) => [`${item.id} ${item.score}`, this.tiles[i]]));
     this.items = items;
     this.tiles = items.map((item) => kept.get(`${item.id} ${item.score}`) ?? this.#tile(item));
@@ -28,7 +28,7 @@ export class Grid {
     this.current = 0;
     this.#roam(Math.max(0, this.tiles.indexOf(held)));
     this.layout();
-    if (held) this.focus(); // who walks by keys goes on where they were, or at the best of what is new
+    if (inside) this.focus(); // who walks by keys goes on where they were, or at the best of what is new
   }
 
   append(items) {
@@ -67,7 +67,8 @@ export class Grid {
     if (row.length) place(true);
   }
 
-  focus(at = this.current) { this.tiles[at]?.querySelector(".tile").focus(); }
+  // without any item, the list waits for some
+  focus(at = this.current) { (this.tiles.length ? this.tiles[at]?.querySelector(".tile") : this.list)?.focus(); }
 
   #roam(at) {
     this.tiles[this.current]?.querySelector(".tile").setAttribute("tabindex", "-1");

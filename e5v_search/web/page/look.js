@@ -1,14 +1,18 @@
 // One item large: its facts, the words that the model sees in it, photos that show the same.
 
-import { ICONS, bytes, day, fileName, folderOf, h, icon, named, say, thumbnail } from "./dom.js";
+import { ICONS, broken, bytes, day, fileName, folderOf, h, icon, named, redraw, say, thumbnail } from "./dom.js";
 import { ask } from "./state.js";
 
 export class Look {
   constructor(dialog, actions) {
     this.dialog = dialog;
-    this.actions = actions; // more, change, less: with an item; close; items: those that the grid shows
+    this.actions = actions; // more, change, less, locate: with an item; close: with an id; items: those that the grid shows
     this.id = "";
-    dialog.addEventListener("close", () => { if (this.id) { this.id = ""; actions.close(); } });
+    dialog.addEventListener("close", () => {
+      const { id } = this;
+      this.id = "";
+      if (id) actions.close(id);
+    });
     dialog.addEventListener("keydown", (event) => this.#key(event));
   }
 
@@ -32,15 +36,14 @@ export class Look {
   }
 
   #draw(item, facts) {
-    const { more, change, less } = this.actions;
+    const { more, change, less, locate } = this.actions;
     const name = named(item);
     this.item = item;
-    const held = this.dialog.contains(document.activeElement) ? document.activeElement.dataset.act : "close";
-    const act = (what, label, path, go) => h("button", { type: "button", "data-act": what, onclick: () => go(item) }, icon(path), label);
-    const plain = (what, label, path, go) => h("button", { type: "button", className: "icon", "data-act": what, "aria-label": label, title: label, onclick: go }, icon(path));
+    const act = (what, label, path, go) => h("button", { type: "button", "data-key": what, onclick: () => go(item) }, icon(path), label);
+    const plain = (what, label, path, go) => h("button", { type: "button", className: "icon", "data-key": what, "aria-label": label, title: label, onclick: go }, icon(path));
     const shown = item.kind === "text" ? h("blockquote", {}, item.text) : this.#picture(item, name);
     const [before, after] = [-1, 1].map((step) => this.#beside(step));
-    this.dialog.replaceChildren(
+    redraw(this.dialog, [
       h("div", { className: "seen" }, shown,
         before ? plain("before", "Previous", ICONS.left, () => this.#turn(-1)) : null,
         after ? plain("after", "Next", ICONS.right, () => this.#turn(1)) : null),
@@ -49,10 +52,11 @@ export class Look {
         h("div", { className: "does" },
           act("more", "More like this", ICONS.more, more),
           item.kind === "text" ? null : act("change", "Change this…", ICONS.change, change),
-          act("less", "Less like this", ICONS.less, less)),
+          act("less", "Less like this", ICONS.less, less),
+          act("locate", "On the map", ICONS.map, locate)),
         facts ? this.#facts(item) : null,
-        h("section", { id: "words", hidden: true }), h("section", { id: "copies", hidden: true })));
-    (this.dialog.querySelector(`[data-act="${held}"]`) ?? this.dialog.querySelector('[data-act="close"]')).focus({ preventScroll: true });
+        h("section", { id: "words", hidden: true }), h("section", { id: "copies", hidden: true })),
+    ], () => this.dialog.querySelector('[data-key="close"]'));
   }
 
   #picture(item, name) {
@@ -73,13 +77,13 @@ export class Look {
       ["size", [item.width && `${item.width} × ${item.height}`, item.format, item.bytes && bytes(item.bytes)].filter(Boolean).join(" · ")],
       ["place", item.lat === null ? "" : `${item.lat.toFixed(4)}, ${item.lon.toFixed(4)}`],
       ["file", item.path ? fileName(item.path) + (item.part === null ? "" : `, ${item.part}`) : ""],
-      ["folder", folderOf(item.path)],
+      ["folder", item.path ? broken(folderOf(item.path)) : ""],
       ["text", item.kind === "rendered" ? item.text : ""],
       ...Object.entries(item.facts).map(([name, value]) => [name, typeof value === "object" ? JSON.stringify(value) : String(value)]),
     ];
     const whole = item.kind === "image" && item.available
       ? h("a", { href: `/api/items/${item.id}/image`, target: "_blank", rel: "noopener" }, "Open the file itself") : null;
-    return h("div", {}, h("dl", {}, ...rows.filter(([, value]) => value).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    return h("div", {}, h("dl", {}, ...rows.filter(([, value]) => value).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, ...[value].flat())))),
       item.available === false ? h("p", { className: "missing" }, "The file is not where it was.") : null, whole);
   }
 

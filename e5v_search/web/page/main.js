@@ -24,6 +24,10 @@ const go = {
     to({ q: "", modify: "", upload: "", image: String(item.id), item: "", view: "" });
     $("query").focus();
   },
+  locate(item) {
+    to({ item: "", view: "map" });
+    map.locate(item);
+  },
   less(item) {
     if (!asks(state)) return say("search for something first: then results can be pushed away from this one");
     return to({ minus: [...state.minus, writeTerm({ image: item.id, weight: 0.5 })], item: "", view: "" });
@@ -33,9 +37,16 @@ const go = {
 
 const grid = new Grid($("results"), go);
 const filters = new Filters($("filters"), to);
-const look = new Look($("look"), { ...go, close: () => to({ item: "" }), items: () => grid.items });
+const look = new Look($("look"), { ...go, close: left, items: () => grid.items });
 const map = new MapView($("map-view"), go);
 const status = new Status($("status"), { changed: () => update(true), only: go.only });
+
+// who closes a photo goes on in the grid from there, however far they have turned
+function left(id) {
+  to({ item: "" });
+  const at = grid.items.findIndex((item) => String(item.id) === id);
+  if (at >= 0 && (document.activeElement === document.body || $("results").contains(document.activeElement))) grid.focus(at);
+}
 
 function to(changes, replace = false) {
   const next = { ...state, ...changes };
@@ -54,13 +65,14 @@ addEventListener("popstate", () => {
 
 function update(anew = false) {
   controls();
-  filters.show(state);
-  look.show(state.item, shown?.hits ?? []);
-  const onMap = state.view === "map";
+  filters.show(state, anew);
+  look.show(state.item);
+  const onMap = state.view === "map", held = document.activeElement;
   $("map-view").hidden = !onMap;
   $("show-map").setAttribute("aria-pressed", String(onMap));
   for (const id of ["results", "told", "more"]) $(id).hidden = onMap;
   $("nothing").hidden = true;
+  if (!held.checkVisibility()) onMap ? $("map").focus() : grid.focus();
   if (onMap) map.show(where(state), anew);
   const { item, view, t, ...asked } = state;
   const key = JSON.stringify(asked);
@@ -218,7 +230,7 @@ function chip(sign, term, i) {
   const slider = h("input", {
     type: "range", "data-key": `weight ${sign} ${i}`, min: "0.1", max: "2", step: "0.1", value: String(weight), "aria-label": `Weight of ${name}`,
     oninput: () => { value.textContent = Number(slider.value).toFixed(1); },
-    onchange: () => to({ [sign]: change(Number(slider.value)) }),
+    onchange: () => to({ [sign]: change(Number(slider.value)) }, true),
   });
   return h("span", { className: `chip ${sign}` },
     h("b", { "aria-label": sign === "plus" ? "more of" : "less of" }, sign === "plus" ? "+" : "−"),
@@ -315,11 +327,14 @@ addEventListener("keydown", (event) => {
   }
   if (event.key === "/") { $("query").focus(); $("query").select(); }
   else if (event.key === "f") filters.toggle(state);
-  else if (event.key === "g") $("show-map").click();
+  else if (event.key === "g") {
+    $("show-map").click();
+    if (state.view === "map") $("map").focus();
+  }
   else if (event.key === "s") status.open();
   else if (event.key === "?") $("help").showModal();
-  else if (event.key === "Escape" && state.view === "map") to({ view: "" });
-  else if (event.key.startsWith("Arrow") && !event.defaultPrevented && state.view !== "map" && event.target === document.body) grid.focus();
+  else if (event.key === "Escape" && state.view === "map") map.leave() || to({ view: "" });
+  else if (event.key.startsWith("Arrow") && !event.defaultPrevented && state.view !== "map" && [document.body, $("results")].includes(event.target)) grid.focus();
   else return;
   event.preventDefault();
 });

@@ -15,14 +15,18 @@ export class MapView {
     this.ids = [];
     this.passing = null; // ids that pass the filters; null: all
     this.names = new Map();
-    this.loaded = false;
+    this.loading = null;
     this.filters = "";
     this.map = new PointMap($("map"), {
       picture: (i) => (this.kindOf[i] === 1 ? "" : thumbnail(this.ids[i], 256)),
       visible: (i) => this.passing === null || this.passing.has(this.ids[i]),
       faint: (i) => this.passing !== null && !this.passing.has(this.ids[i]),
-      hovered: (i) => this.#card(i),
-      picked: (i) => { if (i >= 0) go.open({ id: this.ids[i] }); },
+      hovered: () => this.#card(),
+      drawn: () => this.#place(),
+      picked: (i) => {
+        this.#card();
+        if (i >= 0) go.open({ id: this.ids[i] });
+      },
       selected: (found) => this.#select(found),
     });
     $("map-in").addEventListener("click", () => this.map.zoom(1.6));
@@ -36,26 +40,56 @@ export class MapView {
 
   async show(filters, anew) {
     try {
-      if (!this.loaded || anew) await this.#load();
+      if (!this.loading || anew) this.loading = this.#load();
+      await this.loading;
       const key = JSON.stringify(filters);
       if (key !== this.filters || anew) {
         this.filters = key;
-        this.passing = filters.length ? await this.#which(filters) : null;
+        const passing = filters.length ? await this.#which(filters) : null;
+        if (key !== this.filters) return;
+        this.passing = passing;
+        this.#label();
         this.map.changed();
       }
     } catch (error) {
-      this.loaded = false;
+      this.loading = null;
       say(error.message);
     }
+  }
+
+  // fly to an item, with its picture and name
+  async locate({ id }) {
+    await this.loading.catch(() => {}); // it was said
+    while (!this.map.width && !this.section.hidden) await new Promise(requestAnimationFrame);
+    const i = this.ids.indexOf(id);
+    if (i < 0) return say(`this item is not among the ${number(this.ids.length)} that the map shows`);
+    $("map").focus();
+    this.map.flyTo(i);
+    this.map.picked = i;
+    return this.#card();
+  }
+
+  // whether there was anything to close
+  leave() {
+    const open = !$("selection").hidden;
+    if (open) this.#select([]);
+    return open;
   }
 
   async #load() {
     const found = await ask("/api/map");
     this.ids = Array.from(new BigInt64Array(numbers(found.ids)), Number);
     this.kindOf = new Uint8Array(numbers(found.kinds));
-    this.loaded = true;
-    $("map").setAttribute("aria-label", `Map of ${plural(this.ids.length, "item")}${this.ids.length < found.of ? `, drawn from ${number(found.of)}` : ""}`);
+    this.of = found.of;
+    this.#label();
     this.map.points(new Float32Array(numbers(found.xy)), this.kindOf, KINDS);
+    this.#card();
+  }
+
+  #label() {
+    const drawn = this.ids.length < this.of ? `, drawn from ${number(this.of)}` : "";
+    const passing = this.passing ? `; ${number(this.ids.filter((id) => this.passing.has(id)).length)} pass the filters` : "";
+    $("map").setAttribute("aria-label", `Map of ${plural(this.ids.length, "item")}${drawn}${passing}`);
   }
 
   async #which(filters) {
@@ -68,28 +102,39 @@ export class MapView {
     return ids;
   }
 
-  async #card(i) {
-    const card = $("map-card");
+  async #card() {
+    const card = $("map-card"), i = this.#carded();
     card.hidden = i < 0;
     if (i < 0) return;
     const id = this.ids[i], [img, label] = card.children;
     img.hidden = this.kindOf[i] === 1;
     if (!img.hidden) img.src = thumbnail(id, 256);
     label.textContent = this.names.get(id) ?? "…";
-    const { map } = this, x = map.left(map.X[i]), y = map.top(map.Y[i]);
-    card.style.transform = `translate(${x + 240 < map.width ? x + 44 : Math.max(8, x - 244)}px, ${Math.max(8, Math.min(y - 60, map.height - 190))}px)`;
+    this.#place();
     if (!this.names.has(id)) {
       const item = await ask(`/api/items/${id}`).catch(() => null);
       this.names.set(id, item ? named(item) : "");
-      if (map.hovered === i) label.textContent = this.names.get(id);
+      if (this.#carded() === i) label.textContent = this.names.get(id);
     }
   }
 
+  // what is pointed at, or else was picked last
+  #carded() { return this.map.hovered < 0 ? this.map.picked : this.map.hovered; }
+
+  // the card beside its point
+  #place() {
+    const { map } = this, i = map ? this.#carded() : -1;
+    if (i < 0) return;
+    const x = map.left(map.X[i]), y = map.top(map.Y[i]);
+    $("map-card").style.transform = `translate(${x + 260 < map.width ? x + 48 : Math.max(8, x - 248)}px, ${Math.max(8, Math.min(y - 60, map.height - 190))}px)`;
+  }
+
   #select(found) {
-    const box = $("selection"), [told, list] = box.children;
+    const box = $("selection"), [told, list] = box.children, held = box.contains(document.activeElement);
     box.hidden = !found.length;
+    if (held) $("map").focus();
     told.replaceChildren(plural(found.length, "item"), found.length > SHOWN ? `, ${SHOWN} of them shown` : "",
-      h("button", { type: "button", className: "icon", "aria-label": "Close the selection", onclick: () => { box.hidden = true; } }, "✕"));
+      h("button", { type: "button", className: "icon", "aria-label": "Close the selection", onclick: () => this.#select([]) }, "✕"));
     list.replaceChildren(...found.slice(0, SHOWN).map((i) => h("li", {}, h("button", { type: "button", "aria-label": `Item ${this.ids[i]}`, onclick: () => this.go.open({ id: this.ids[i] }) },
       this.kindOf[i] === 1 ? h("i", {}, "¶") : h("img", { src: thumbnail(this.ids[i], 256), alt: "", loading: "lazy" })))));
   }

@@ -30,16 +30,17 @@ export function parseTerm(term) {
 
 export const writeTerm = ({ image, text, weight }) => `${image ? `image:${image}` : text}:${weight}`;
 
-// filters on the same fact: one of them is enough
-export function where(state) {
+// filters on the same fact: one of them is enough; those on the fact `except` are left out
+export function where(state, except = "") {
   const groups = new Map();
   for (const each of state.f) {
     const name = /^[\w.]+/.exec(each)?.[0] ?? each;
     groups.set(name, [...(groups.get(name) ?? []), each]);
   }
+  groups.delete(except);
   const found = [...groups.values()].map((parts) => parts.join(" or "));
-  if (state.from) found.push(`taken>=${state.from}`);
-  if (state.to) found.push(`taken<=${state.to}`);
+  if (state.from && except !== "taken") found.push(`taken>=${state.from}`);
+  if (state.to && except !== "taken") found.push(`taken<=${state.to}`);
   return found;
 }
 

@@ -1,6 +1,6 @@
 // What the collection holds, what could not be used, and index runs as they go.
 
-import { $, bytes, h, number, plural } from "./dom.js";
+import { $, broken, bytes, h, number, plural, redraw } from "./dom.js";
 import { ask } from "./state.js";
 
 export class Status {
@@ -38,18 +38,21 @@ export class Status {
       const [status, failures] = await Promise.all([ask("/api/status"), ask("/api/failures")]);
       this.#draw(status, failures.failed);
     } catch (error) {
-      this.dialog.replaceChildren(this.#head(), h("p", { className: "missing" }, error.message));
+      this.#show([h("p", { className: "missing" }, error.message)]);
     }
   }
 
-  #head() {
-    return h("header", {}, h("h2", { id: "status-title" }, "The collection"), h("button", { type: "button", className: "icon close", "aria-label": "Close" }, "✕"));
+  #close() { return this.dialog.querySelector(".close"); }
+
+  #show(children) {
+    const close = h("button", { type: "button", className: "icon close", "data-key": "close", "aria-label": "Close" }, "✕");
+    redraw(this.dialog, [h("header", {}, h("h2", { id: "status-title" }, "The collection"), close), ...children], () => this.#close());
   }
 
   #draw(status, failed) {
     const { items, index } = status;
     const rows = [
-      ["folder", status.collection],
+      ["folder", broken(status.collection)],
       ["model", status.fingerprint ?? "none yet"],
       ["photos", number(items.image)],
       ...(items.text ? [["texts", number(items.text)]] : []),
@@ -57,11 +60,12 @@ export class Status {
       ["index", `${index.kind}, ${plural(index.vectors, "vector")}`],
       ["on disk", bytes(status.bytes)],
     ];
-    this.dialog.replaceChildren(this.#head(),
-      h("dl", {}, ...rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    this.#show([
+      h("dl", {}, ...rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, ...[value].flat())))),
       h("section", { id: "run" }),
       failed.length ? h("section", { id: "failed" }, h("h3", {}, `${plural(failed.length, "file")} could not be used`),
-        h("ul", {}, ...failed.map((each) => h("li", {}, h("b", {}, each.path), h("span", {}, each.reason))))) : h("p", {}, "Every file could be used."));
+        h("ul", { tabIndex: 0, "aria-label": "Files that could not be used" }, ...failed.map((each) => h("li", {}, h("b", {}, ...broken(each.path)), h("span", {}, each.reason))))) : h("p", {}, "Every file could be used."),
+    ]);
     this.#progress();
   }
 
@@ -70,12 +74,12 @@ export class Status {
     const { run } = this, section = $("run");
     if (!run || !section) return;
     const start = run.allowed && !run.running
-      ? h("button", { type: "button", className: "main", onclick: () => this.#start() }, "Look for new photos") : null;
+      ? h("button", { type: "button", className: "main", "data-key": "start", onclick: () => this.#start() }, "Look for new photos") : null;
     const done = run.running
-      ? [h("h3", {}, "Looking through the folders…"), h("progress", run.total ? { max: run.total, value: run.done, "aria-label": "Progress" } : { "aria-label": "Progress" }), h("p", { role: "status" }, `${number(run.done)} of ${number(run.total)}${run.failed ? `, ${number(run.failed)} failed` : ""}`)]
+      ? [h("h3", {}, "Looking through the folders…"), h("progress", run.total ? { max: run.total, value: run.done, "aria-label": "Progress" } : { "aria-label": "Progress" }), h("p", { role: "status" }, run.total ? `${number(run.done)} of ${number(run.total)}${run.failed ? `, ${number(run.failed)} failed` : ""}` : "Counting what is there…")]
       : run.error ? [h("p", { className: "missing" }, run.error)]
         : run.total ? [h("p", { role: "status" }, `Last run: ${number(run.added)} added, ${number(run.updated)} updated, ${number(run.removed)} removed, ${number(run.failed)} failed.`)] : [];
-    section.replaceChildren(...done, start ?? "");
+    redraw(section, [...done, start], () => this.#close());
   }
 
   async #start() {
@@ -83,7 +87,7 @@ export class Status {
       this.run = await ask("/api/index", {}, { method: "POST" });
       this.#progress();
     } catch (error) {
-      $("run").replaceChildren(h("p", { className: "missing" }, error.message));
+      redraw($("run"), [h("p", { className: "missing" }, error.message)], () => this.#close());
     }
   }
 }
