@@ -21,11 +21,13 @@ from e5v_search.errors import UsageError
 T = TypeVar("T")
 
 TILES = ("auto", "full", "base")
+QUANTIZE = ("4bit", "8bit", "int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelChoice:
-    """A model, and how it is to run: what `Embedder.load` takes, as one value. Raises UsageError for a bad `tiles` or `dim`."""
+    """A model, and how it is to run: what `Embedder.load` takes, as one value. Raises UsageError for a bad `quantize`,
+    `tiles` or `dim`."""
 
     name: str = "auto"
     device: str = "auto"
@@ -38,6 +40,8 @@ class ModelChoice:
     def __post_init__(self) -> None:
         if self.dim is not None and self.dim < 1:
             raise UsageError(f"dim must be 1 or more, not {self.dim}")
+        if self.quantize is not None and self.quantize not in QUANTIZE:
+            raise UsageError(f"quantize must be one of {', '.join(QUANTIZE)}, not {self.quantize!r}")
         if self.tiles not in TILES and not re.fullmatch("[1-9][0-9]{0,3}", self.tiles):
             raise UsageError(f"tiles must be one of {', '.join(TILES)}, or the most tiles of a picture, not {self.tiles!r}")
 

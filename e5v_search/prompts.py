@@ -23,6 +23,7 @@ LLAMA3_CHAT = "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_h
 MISTRAL_CHAT = "[INST] {} [/INST]"
 INSTRUCTION = "{instruction}"
 INSTRUCTED = "instruction:"  # before a text of the user's: the name of a set that asks for just that
+NAMED = "model:"  # before a name: the prompt that the model itself knows by it
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class PromptSet:
     """Prompts of one task. `None`: the task has no such input.
 
     `instructions`, by kind, is what models are told that take an instruction. Models with words of their own do not read
-    the prompts, unless they are `literal`: written for the model in question.
+    the prompts, unless they are `literal`: written for the model in question. `asked` is what the user asks of any input,
+    `named` the name that a prompt has in the model itself.
     """
 
     name: str
@@ -39,6 +41,17 @@ class PromptSet:
     composed: str | None = None
     instructions: Mapping[str, str] = field(default_factory=dict)
     literal: bool = False
+    asked: str | None = None
+    named: str | None = None
+
+    @property
+    def of_the_user(self) -> bool:
+        """Whether it is to have words read that no model would be told by itself."""
+        return self.literal or self.asked is not None or self.named is not None
+
+    def content(self, kind: str) -> str:
+        """All of it that may change an embedding of `kind`, which a file's name does not say. See `get`."""
+        return "\n".join(filter(None, (self.get(kind), self.instructions.get(kind), self.named)))
 
     def get(self, kind: str) -> str:
         """The prompt for `kind` ("text", "image" or "composed"); UsageError when the set has none."""
@@ -99,7 +112,7 @@ def _ablated(whole: PromptSet, how: str, name: str) -> PromptSet:
 def _instructed(name: str, instruction: str) -> PromptSet:
     """What the user asks of any input, in the user's words (the paper's section 5.3)."""
     prompts = {kind: "\n".join((*parts, instruction)) for kind, parts in _PLACEHOLDERS.items()}
-    return _of(name, prompts, dict.fromkeys(prompts, instruction))
+    return replace(_of(name, prompts, dict.fromkeys(prompts, instruction)), asked=instruction)
 
 
 def _of(name: str, prompts: Mapping[str, str], told: Mapping[str, str], literal: bool = False) -> PromptSet:
@@ -126,8 +139,9 @@ def own_set(asked: str | None, own: str) -> str:
 def load_prompts(name: str | Path) -> PromptSet:
     """A prompt set by name, or from a TOML file with `text`, `image`, `composed` and `instruction` strings.
 
-    Names are those of `PROMPT_SETS`, for each protocol with its own set that name with "-last" or "-prompt" behind, and
-    `INSTRUCTED` with a text behind, as in "instruction:What is the weather, in one word:".
+    Names are those of `PROMPT_SETS`, for each protocol with its own set that name with "-last" or "-prompt" behind,
+    `INSTRUCTED` with a text behind, as in "instruction:What is the weather, in one word:", and `NAMED` with the name of a
+    prompt of the model's own behind, as in "model:query".
 
     Raises UsageError naming every problem of the file at once.
     """
@@ -139,6 +153,9 @@ def load_prompts(name: str | Path) -> PromptSet:
         if problem := _bad_instruction(instruction):
             raise UsageError(f"the instruction {instruction!r} {problem}")
         return _instructed(f"{INSTRUCTED}{instruction}", instruction)
+    if str(name).startswith(NAMED):
+        named = str(name).removeprefix(NAMED)
+        return replace(_of(str(name), {kind: "".join(parts) for kind, parts in _PLACEHOLDERS.items()}, {}), named=named)
     path = Path(name)
     if path.suffix != ".toml":
         raise UsageError(f"unknown prompt set {str(name)!r}; known: {', '.join(PROMPT_SETS)}, or a .toml file")
@@ -207,6 +224,8 @@ class Wording:
     def template(self, kind: str, prompts: str) -> str:
         """All that a model reads for `kind` under a prompt set, `<sent>` and `picture` in it. Raises UsageError."""
         chosen = load_prompts(prompts)
+        if chosen.named is not None:
+            raise UsageError(f"--prompts {prompts}: prompts by a model's own names are for models of sentence-transformers")
         prompt = chosen.get(kind)
         if not chosen.literal:
             prompt = getattr(self, kind) or prompt

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from abc import abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from e5v_search import embedder
+from PIL import Image
+
+from e5v_search import embedder, media
 from e5v_search.config import ModelChoice
+from e5v_search.embedder import Picture
 from e5v_search.errors import ModelError
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ class Embedder(embedder.Embedder):
     @classmethod
     def of(cls, choice: ModelChoice) -> Self:
         """As `load`."""
-        from e5v_search.backbones import checkpoint, registry
+        from e5v_search.backbones import checkpoint, known, registry
 
         if choice.name == "auto":
             free = checkpoint.free_cuda_bytes() if choice.device in ("auto", "cuda") else None
@@ -59,4 +62,11 @@ class Embedder(embedder.Embedder):
         family = registry.family(source)
         if not issubclass(family, cls):
             raise ModelError(f"{source.folder} holds a model for {family.__name__}, not for {cls.__name__}")
+        known.check(registry.family_name(source), choice)
         return family(source, choice)
+
+    def open(self, picture: Picture) -> Any:
+        if isinstance(picture, Image.Image):
+            return self.prepare(media.open_picture(picture))
+        photo = media.open_photo(picture, enough=self.enough)
+        return self.prepare(photo.image, photo.facts.size)

@@ -20,13 +20,13 @@ from e5v_search.backbones.fp8 import Fp8Linear
 from e5v_search.backbones.int8 import Int8Linear
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.packed import PackedLinear, swap_linears
+from e5v_search.config import QUANTIZE
 from e5v_search.errors import IncompleteCheckpoint, MissingPackage, ModelError, UsageError
 
 if TYPE_CHECKING:
     from e5v_search.backbones.adapters import Adapter
 
 PACKED: dict[str, type[PackedLinear]] = {"int8": Int8Linear, "fp8": Fp8Linear}
-QUANTIZE = ("4bit", "8bit", *PACKED)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from e5v_search.config import data_home, parse
+from e5v_search.config import ModelChoice, data_home, parse
 from e5v_search.errors import UsageError
 from e5v_search.prompts import PROMPT_SETS, WORDINGS, Wording
 
@@ -22,18 +22,40 @@ class Family(NamedTuple):
     embedder: str
     what: str
     pooling: str
+    takes: tuple[str, ...] = ()  # of what not every family does
 
+
+_DECODER = ("4bit", "8bit", "adapter", "instruction")
 
 # by the model_type of a config.json
 FAMILIES = {
-    "llava_next": Family("llava_next", "LlavaNextEmbedder", "E5-V, LLaVA-1.6", "last token"),
-    "qwen2_vl": Family("qwen_vl", "Qwen2VL", "Qwen2-VL: GME, VLM2Vec-V2", "last token"),
-    "qwen3_vl": Family("qwen_vl", "Qwen3VL", "Qwen3-VL: Qwen3-VL-Embedding", "last token"),
-    "llava_onevision": Family("llava_onevision", "LlavaOnevision", "LLaVA-OneVision: UniME, UniME-V2", "last token"),
-    "phi3_v": Family("phi3_v", "Phi3V", "Phi-3-vision: UniME, VLM2Vec", "last token"),
+    "llava_next": Family(
+        "llava_next", "LlavaNextEmbedder", "E5-V, LLaVA-1.6", "last token", (*_DECODER, "int8", "fp8", "tiles")
+    ),
+    "qwen2_vl": Family("qwen_vl", "Qwen2VL", "Qwen2-VL: GME, VLM2Vec-V2", "last token", _DECODER),
+    "qwen3_vl": Family("qwen_vl", "Qwen3VL", "Qwen3-VL: Qwen3-VL-Embedding", "last token", _DECODER),
+    "llava_onevision": Family("llava_onevision", "LlavaOnevision", "LLaVA-OneVision: UniME, UniME-V2", "last token", _DECODER),
+    "phi3_v": Family("phi3_v", "Phi3V", "Phi-3-vision: UniME, VLM2Vec", "last token", _DECODER),
     "clip": Family("two_towers", "TwoTowers", "CLIP", "the towers' own"),
     "siglip": Family("two_towers", "TwoTowers", "SigLIP, SigLIP 2 of fixed resolution", "the towers' own"),
 }
+
+
+def check(family: str, choice: ModelChoice) -> None:
+    """UsageError for a choice that models of `family` cannot follow; it names the families that can."""
+    if choice.tiles != "auto":
+        check_takes(family, "tiles", "--tiles", choice.name)
+    if choice.quantize is not None:
+        check_takes(family, choice.quantize, f"--quantize {choice.quantize}", choice.name)
+    if choice.adapter is not None:
+        check_takes(family, "adapter", "--adapter", choice.name)
+
+
+def check_takes(family: str, what: str, option: str, name: str) -> None:
+    """UsageError when `what`, one of the things that `Family.takes` lists, is not for the model `name` of `family`."""
+    if what not in FAMILIES[family].takes:
+        able = ", ".join(key for key, each in FAMILIES.items() if what in each.takes)
+        raise UsageError(f"{name} is a {family} model; {option} is for {able}: leave {option.partition(' ')[0]} out")
 
 
 @dataclass(frozen=True)

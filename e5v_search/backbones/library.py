@@ -64,8 +64,6 @@ def _merge(model: torch.nn.Module, adapter: Adapter) -> None:
 
 
 def _bitsandbytes(quantize: str, device: torch.device, dtype: torch.dtype, adapter: Adapter | None) -> Any:
-    if quantize not in ("4bit", "8bit"):
-        raise UsageError(f"this family of models is held in 4bit or 8bit, not in {quantize}")
     if adapter is not None:
         raise UsageError("an adapter is not merged into quantised weights of this family: leave --quantize out")
     if device.type != "cuda":

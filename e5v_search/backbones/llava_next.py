@@ -6,7 +6,6 @@ An embedding is the last layer's hidden state after the final norm at the last p
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -16,17 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from e5v_search import media
-from e5v_search.backbones import Embedder, checkpoint, registry
+from e5v_search.backbones import checkpoint, registry
 from e5v_search.backbones.batches import TEXTS, WINDOW, Batches, unit
 from e5v_search.backbones.config import LlavaNextConfig
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.prefix import Beginning, Key, PrefixMemory, default_limit, digest
 from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.backbones.tiles import Size, Tiles, TileSpec, cut, enough, token_count
-from e5v_search.backbones.vocabulary import Vocabulary
+from e5v_search.backbones.words import LanguageModel
 from e5v_search.config import ModelChoice
-from e5v_search.embedder import Fingerprint, Picture, Word
-from e5v_search.errors import MediaError, ModelError, TextTooLong
+from e5v_search.embedder import Fingerprint, Picture
+from e5v_search.errors import MediaError, ModelError
 from e5v_search.parallel import ahead, windows
 
 # preprocessing of CLIP ViT-L/14-336 as in llava-v1.6: what the published checkpoint means without saying it
@@ -89,7 +88,7 @@ def _content(picture: Picture) -> str | None:
         return None
 
 
-class LlavaNextEmbedder(Embedder):
+class LlavaNextEmbedder(LanguageModel):
     """`memory` keeps what the model saw of pictures for `embed_composed`; set its `limit` (bytes) or clear it at will."""
 
     def __init__(self, source: registry.Source, choice: ModelChoice) -> None:
@@ -126,7 +125,7 @@ class LlavaNextEmbedder(Embedder):
     def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray:
         """Sentences -> (n, dim). TextTooLong names the first text that does not fit the model's context."""
         ids = self.encoder.ask("text", prompts, texts)
-        return self._embed_plain((Row(row, None, self._fits(len(row), i)) for i, row in enumerate(ids)), TEXTS)
+        return self._embed_plain((Row(row, None, self.fitting(len(row), i)) for i, row in enumerate(ids)), TEXTS)
 
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
         """Pictures (paths, encoded bytes or PIL images) -> (n, dim), read ahead in threads. MediaError names the picture."""
@@ -175,30 +174,10 @@ class LlavaNextEmbedder(Embedder):
         x = unit(self._embed_continued(rows, WINDOW * len(views)))
         return np.ascontiguousarray(x.reshape(len(prepared), len(views), self.dim).transpose(1, 0, 2))
 
-    # what vectors say
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        if self.made_by.dim is not None:
-            raise ModelError("cut vectors have no words: explain with a model that was loaded without --dim")
-        return Vocabulary.read(self.folder)
-
-    def nearest_words(self, x: np.ndarray, k: int = 10) -> list[list[Word]]:
-        return self.vocabulary.nearest(x, k)
-
-    def shared_words(self, a: np.ndarray, x: np.ndarray, k: int = 10) -> list[list[Word]]:
-        return self.vocabulary.shared(a, x, k)
-
     # how it goes in
 
-    def open(self, picture: Picture) -> Tiles:
-        if isinstance(picture, Image.Image):
-            return self.prepare(media.open_picture(picture))
-        photo = media.open_photo(picture, enough=self.enough)
-        return self.prepare(photo.image, photo.facts.size)
-
     def _image_row(self, ids: list[int], tiles: Tiles, index: int) -> Row:
-        return Row(ids, tiles, self._fits(len(ids) - 1 + token_count(tiles.size, self.spec), index))
+        return Row(ids, tiles, self.fitting(len(ids) - 1 + token_count(tiles.size, self.spec), index))
 
     def _begin(self, wanted: tuple[Picture, tuple[int, ...]]) -> Beginning:
         """What a composed input begins with. A file that was seen before is read to see that it is the same, not decoded."""
@@ -219,16 +198,8 @@ class LlavaNextEmbedder(Embedder):
         return Beginning(Key(picture, head), len(head) + token_count(tiles.size, self.spec), tiles)
 
     def _continued(self, begin: Beginning, tail: list[int], index: int) -> Continued:
-        self._fits(begin.length + len(tail), index)
+        self.fitting(begin.length + len(tail), index)
         return Continued(begin, tail)
-
-    def _fits(self, length: int, index: int) -> int:
-        if length > self.encoder.max_tokens:
-            raise TextTooLong(
-                f"input {index + 1} has {length} tokens with its prompt; "
-                f"{self.name} takes {self.encoder.max_tokens} at most: shorten it"
-            )
-        return length
 
     # what comes out
 

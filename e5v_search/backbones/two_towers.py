@@ -10,42 +10,38 @@ import re
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from e5v_search import media
-from e5v_search.backbones import Embedder, checkpoint, library, registry
+from e5v_search.backbones import checkpoint, known, library, registry
 from e5v_search.backbones.batches import TEXTS, Batches, unit
 from e5v_search.backbones.pixels import Pixels
 from e5v_search.backbones.prompt_encoder import load_tokenizer
 from e5v_search.backbones.tiles import Size
+from e5v_search.backbones.words import Wordless
 from e5v_search.config import ModelChoice
-from e5v_search.embedder import NO_PROMPTS, Fingerprint, Picture, Word
-from e5v_search.errors import IncompleteCheckpoint, ModelError, UsageError
+from e5v_search.embedder import NO_PROMPTS, Fingerprint, Picture
+from e5v_search.errors import IncompleteCheckpoint
 from e5v_search.parallel import ahead
+from e5v_search.prompts import INSTRUCTED, load_prompts
 
 _MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 _OF_THE_LOSS = ("logit_scale", "logit_bias")  # temperature and bias of the training
 
 
-class TwoTowers(Embedder):
+class TwoTowers(Wordless):
     def __init__(self, source: registry.Source, choice: ModelChoice) -> None:
-        if choice.quantize is not None:
-            raise UsageError(f"{choice.name} is a CLIP or SigLIP model, which is not quantised: leave --quantize out")
-        if choice.tiles != "auto":
-            raise UsageError(f"{choice.name} is a CLIP or SigLIP model, which reads pictures whole: leave --tiles out")
-        if choice.adapter is not None:
-            raise UsageError(f"{choice.name} is a CLIP or SigLIP model, which takes no adapter: leave --adapter out")
         raw = checkpoint.read_json(source.folder / "config.json")
+        self._family: str = raw["model_type"]
         self.name, self.quantize, self.tiles, self.adapter = choice.name, None, "auto", None
         self.device = checkpoint.pick_device(choice.device)
         self.dtype = checkpoint.pick_dtype(choice.dtype, self.device)
-        self.model = library.load(source.folder, _MODELS[raw["model_type"]], self.device, self.dtype, expendable=_OF_THE_LOSS)
+        self.model = library.load(source.folder, _MODELS[self._family], self.device, self.dtype, expendable=_OF_THE_LOSS)
         config = self.model.config
-        siglip = raw["model_type"] == "siglip"
+        siglip = self._family == "siglip"
         whole: int = config.text_config.projection_size if siglip else config.projection_dim
         cut = source.cut(whole, choice.dim)
         self.dim = cut or whole
@@ -56,24 +52,22 @@ class TwoTowers(Embedder):
         self._patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
 
     def embed_texts(self, texts: Sequence[str], prompts: str = "retrieval") -> np.ndarray:
-        """Sentences -> (n, dim); the prompt set does not matter."""
+        """Sentences -> (n, dim). Which of our prompt sets does not matter; UsageError for words of the user's own."""
+        self._refuse_words(prompts)
         return unit(self.batches.embed(self.tokens(texts), len, self._texts, self.dim, TEXTS))
 
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
         """Pictures (paths, encoded bytes or PIL images) -> (n, dim), read ahead in threads. MediaError names the picture."""
+        self._refuse_words(prompts)
         return self._embed_pixels(ahead(self.open, images))
 
     def embed_composed(
         self, pairs: Sequence[tuple[Picture, str]], prompts: str = "cirr", *, normalise: bool = True
     ) -> np.ndarray:
         """Pictures, each with the change to it -> (n, dim): the sum of the two embeddings."""
-        x = self.embed_images([picture for picture, _ in pairs]) + self.embed_texts([text for _, text in pairs])
+        pictures, texts = [picture for picture, _ in pairs], [text for _, text in pairs]
+        x = self.embed_images(pictures, prompts) + self.embed_texts(texts, prompts)
         return unit(x) if normalise else x
-
-    def open(self, picture: Picture) -> np.ndarray:
-        if isinstance(picture, Image.Image):
-            return self.prepare(media.open_picture(picture))
-        return self.prepare(media.open_photo(picture, enough=self.enough).image)
 
     def enough(self, size: Size) -> Size:
         return self.pixels.enough(size)
@@ -83,23 +77,19 @@ class TwoTowers(Embedder):
         return self.pixels(image)
 
     def embed_prepared(self, prepared: Sequence[np.ndarray], prompts: str = "retrieval") -> np.ndarray:
+        self._refuse_words(prompts)
         return self._embed_pixels(prepared)
 
     def embed_views(self, prepared: Sequence[np.ndarray], views: Sequence[str]) -> np.ndarray:
         """-> (len(views), n, dim), the same in every view."""
+        for view in views:
+            self._refuse_words(view)
         return np.repeat(self._embed_pixels(prepared)[None], len(views), axis=0)
 
-    def nearest_words(self, x: np.ndarray, k: int = 10) -> list[list[Word]]:
-        self._no_words()
-
-    def shared_words(self, a: np.ndarray, x: np.ndarray, k: int = 10) -> list[list[Word]]:
-        self._no_words()
-
-    def _no_words(self) -> NoReturn:
-        raise ModelError(
-            f"{self.name} has two towers and no vocabulary to explain with; "
-            f"explanations need a language model, such as {registry.TINY}"
-        )
+    def _refuse_words(self, prompts: str) -> None:
+        if load_prompts(prompts).of_the_user:
+            option = "--instruction" if prompts.startswith(INSTRUCTED) else "--prompts"
+            known.check_takes(self._family, "instruction", option, self.name)
 
     def _embed_pixels(self, prepared: Iterable[np.ndarray]) -> np.ndarray:
         return unit(self.batches.embed(prepared, lambda _: self._patches, self._images, self.dim))

@@ -7,7 +7,6 @@ Rows shorter than their batch are padded on the right, where nothing real sees t
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -17,16 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from e5v_search import media
-from e5v_search.backbones import Embedder, checkpoint, library, registry
+from e5v_search.backbones import checkpoint, library, registry
 from e5v_search.backbones.adapters import Adapter
 from e5v_search.backbones.batches import Batches, unit
 from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.backbones.tiles import Size
-from e5v_search.backbones.vocabulary import Vocabulary
+from e5v_search.backbones.words import LanguageModel
 from e5v_search.config import ModelChoice
-from e5v_search.embedder import Fingerprint, Picture, Word
-from e5v_search.errors import ModelError, TextTooLong, UsageError
+from e5v_search.embedder import Fingerprint, Picture
 from e5v_search.parallel import ahead
 from e5v_search.prompts import WORDINGS
 
@@ -46,15 +43,13 @@ class Row:
     picture: Any
 
 
-class VisionLanguage(Embedder):
+class VisionLanguage(LanguageModel):
     CLASS: ClassVar[str]  # of transformers
     WORDING: ClassVar[str]  # where no declaration says another
     IMAGE: ClassVar[str]  # the token that stands for a part of a picture
     ENCODER: ClassVar[type[PromptEncoder]] = PromptEncoder
 
     def __init__(self, source: registry.Source, choice: ModelChoice) -> None:
-        if choice.tiles != "auto":
-            raise UsageError(f"{choice.name} reads pictures as they are: leave --tiles out")
         self.name, self.quantize, self.tiles, self.adapter = choice.name, choice.quantize, "auto", choice.adapter
         self.folder = source.folder
         self.device = checkpoint.pick_device(choice.device)
@@ -105,32 +100,12 @@ class VisionLanguage(Embedder):
         x = self._embed(self._row(ids, picture) for ids, picture in zip(asked, pictures, strict=True))
         return unit(x) if normalise else x
 
-    def open(self, picture: Picture) -> Prepared:
-        if isinstance(picture, Image.Image):
-            return self.prepare(media.open_picture(picture))
-        photo = media.open_photo(picture, enough=self.enough)
-        return self.prepare(photo.image, photo.facts.size)
-
     def embed_prepared(self, prepared: Sequence[Prepared], prompts: str = "retrieval") -> np.ndarray:
         [ids] = self.encoder.ask("image", prompts)
         return unit(self._embed(self._row(ids, picture) for picture in prepared))
 
     def embed_views(self, prepared: Sequence[Prepared], views: Sequence[str]) -> np.ndarray:
         return np.stack([self.embed_prepared(prepared, view) for view in views])
-
-    # what vectors say
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        if self.made_by.dim is not None:
-            raise ModelError("cut vectors have no words: explain with a model that was loaded without --dim")
-        return Vocabulary.read(self.folder)
-
-    def nearest_words(self, x: np.ndarray, k: int = 10) -> list[list[Word]]:
-        return self.vocabulary.nearest(x, k)
-
-    def shared_words(self, a: np.ndarray, x: np.ndarray, k: int = 10) -> list[list[Word]]:
-        return self.vocabulary.shared(a, x, k)
 
     # how it goes through
 
@@ -139,16 +114,8 @@ class VisionLanguage(Embedder):
         return Row([*head, *[self.encoder.image_id] * picture.tokens, *tail], picture)
 
     def _embed(self, rows: Iterable[Row]) -> np.ndarray:
-        fitting = (self._fits(row, i) for i, row in enumerate(rows))
+        fitting = (row for i, row in enumerate(rows) if self.fitting(len(row.ids), i))
         return self.batches.embed(fitting, lambda row: len(row.ids), self._forward, self.dim)
-
-    def _fits(self, row: Row, index: int) -> Row:
-        if len(row.ids) > self.encoder.max_tokens:
-            raise TextTooLong(
-                f"input {index + 1} has {len(row.ids)} tokens with its prompt; "
-                f"{self.name} takes {self.encoder.max_tokens} at most: shorten it"
-            )
-        return row
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Row]) -> np.ndarray:

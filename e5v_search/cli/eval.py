@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from e5v_search.cli.options import debug_option, examples, json_option, model_options, quiet_option
+from e5v_search.cli.options import debug_option, examples, instruction_option, json_option, model_options, quiet_option
 from e5v_search.cli.printing import count, print_json, printable
 from e5v_search.cli.progress import Progress
 from e5v_search.config import ModelChoice
@@ -46,6 +46,7 @@ _LISTED = 20  # pictures left out, on stderr
         "e5v-search eval folder --data photos --prompts last,prompt,retrieval --out prompts.json",
         "e5v-search eval folder --data photos --limit 2 --prompts prompt --out second.json --markdown",
         "e5v-search eval scenes --limit 2 --prompts last,prompt,retrieval --model e5v-tiny --tiles base",
+        "e5v-search eval folder --data photos --limit 2 --instruction 'What colour is it, in one word:'",
         "e5v-search eval --compare first.json second.json",
         "e5v-search eval folder --data photos --allow-missing --cache vectors --model e5v-tiny --device cpu --dtype float32 -q",
     ),
@@ -68,6 +69,7 @@ _LISTED = 20  # pictures left out, on stderr
     help="Prompt sets in place of the protocol's own, of which last, prompt and retrieval are its forms in the paper's table "
     "6; several are compared in one table.",
 )
+@instruction_option
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N pictures, queries, or pairs of each task.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Where to keep the report.")
 @click.option("--allow-missing", is_flag=True, help="Leave out pictures that cannot be used; the report will say so.")
@@ -121,9 +123,10 @@ def evaluate(
     assert dataset is not None
     from e5v_search.config import data_home
     from e5v_search.evaluation import suite
+    from e5v_search.prompts import INSTRUCTED
 
     pinned = dict(map(_pin, revisions))
-    sets = prompts.split(",") if prompts else [None]
+    sets = [prompts] if prompts is None or prompts.startswith(INSTRUCTED) else prompts.split(",")
     for name in sets:
         suite.check(dataset, data, name, pinned)
     if suite.DATASETS[dataset].measure is None and out is None:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from e5v_search.cli.options import collection_option, debug_option, examples, json_option, model_options, quiet_option
+from e5v_search.cli.options import (
+    collection_option,
+    debug_option,
+    examples,
+    instructed,
+    json_option,
+    model_options,
+    quiet_option,
+)
 from e5v_search.cli.printing import count, print_failures, print_json, printable, warn
 from e5v_search.cli.progress import Progress
 from e5v_search.config import ModelChoice
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
         "e5v-search index captions.txt --kind text",
         "e5v-search index captions.txt --kind rendered -c holidays",
         "e5v-search index photos --views retrieval,cirr",
+        "e5v-search index photos -c holidays --instruction 'What colour is it, in one word:'",
         "e5v-search index photos --watch",
     )
 )
@@ -40,6 +49,11 @@ if TYPE_CHECKING:
     metavar="SET,...",
     help="Prompt sets under which every item is to have a vector, from now on; composed search uses cirr.",
 )
+@click.option(
+    "--instruction",
+    metavar="TEXT",
+    help="A view too: what to ask of every item, from now on; `search --instruction` with the same words uses it.",
+)
 @collection_option
 @model_options
 @click.option("--watch", is_flag=True, help="Go on: bring in whatever happens in the folders, until stopped.")
@@ -52,6 +66,7 @@ def index(
     paths: tuple[Path, ...],
     kind: str | None,
     views: str | None,
+    instruction: str | None,
     collection: str,
     choice: ModelChoice,
     watch: bool,
@@ -72,6 +87,8 @@ def index(
     from e5v_search.collection import Collection, Follower, canonical, check_first_run
 
     wanted = [view.strip() for view in views.split(",")] if views else []
+    if instruction is not None:
+        wanted.append(instructed(instruction))
     named = [(path, kind or "image") for path in canonical(paths)]
     if named:
         check_first_run(collection, named, wanted, choice)

@@ -11,6 +11,7 @@ from e5v_search.cli.options import (
     collection_option,
     debug_option,
     examples,
+    instruction_option,
     json_option,
     model_options,
     quiet_option,
@@ -34,6 +35,7 @@ _NOUNS = {"image": "photo", "text": "text", "rendered": "rendered text"}
         "e5v-search map --out map.html -c holidays --limit 500 --thumbnails 100 --json",
         "e5v-search map --out map.html --where 'orientation=landscape' --where kind=image",
         "e5v-search map --out map.html --method umap --quiet",
+        "e5v-search map --out colours.html --instruction 'What colour is it, in one word:'",
         "e5v-search map --out last.html --prompts last --model e5v-tiny --device cpu --dtype float32 --tiles full",
     ),
 )
@@ -47,6 +49,7 @@ _NOUNS = {"image": "photo", "text": "text", "rendered": "rendered text"}
     help="How places are found: by the axes of most variance, or by neighbourhoods (needs the package umap-learn).",
 )
 @click.option("--prompts", metavar="SET|FILE.toml", help="Place the items by their vectors under another prompt set.")
+@instruction_option
 @where_option
 @click.option(
     "--limit",

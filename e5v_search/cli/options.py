@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from e5v_search.config import ModelChoice
+from e5v_search.config import QUANTIZE, ModelChoice
 
 DEBUG = "e5v_search.debug"
 DEFAULT_COLLECTION = "default"
@@ -44,18 +44,22 @@ prompts_option = click.option(
 )
 
 
+def instructed(instruction: str) -> str:
+    """The prompt set that asks what the user wrote. Raises UsageError."""
+    from e5v_search.prompts import INSTRUCTED, load_prompts
+
+    return load_prompts(f"{INSTRUCTED}{instruction}").name
+
+
 def instruction_option(command: Callable[..., R]) -> Callable[..., R]:
     """--instruction, for a command that has --prompts: it reaches the command as a prompt set."""
 
     @wraps(command)
     def with_prompts(*args: Any, instruction: str | None, prompts: str | None, **keywords: Any) -> R:
         if instruction is not None:
-            from e5v_search.prompts import INSTRUCTED, load_prompts
-
             if prompts is not None:
                 raise click.UsageError("--instruction takes the place of --prompts: give one of them")
-            prompts = f"{INSTRUCTED}{instruction}"
-            load_prompts(prompts)
+            prompts = instructed(instruction)
         return command(*args, prompts=prompts, **keywords)
 
     return click.option(
@@ -92,7 +96,7 @@ _MODEL_OPTIONS = (
     ),
     click.option(
         "--quantize",
-        type=click.Choice(["4bit", "8bit", "int8", "fp8"]),
+        type=click.Choice(QUANTIZE),
         help="Hold the weights in 4 or 8 bit (bitsandbytes), or compute in 8: int8 on a processor, fp8 on an H100 or later.",
     ),
     click.option(

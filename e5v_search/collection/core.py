@@ -19,6 +19,7 @@ from e5v_search.collection.ingest import Ingest
 from e5v_search.collection.report import Report
 from e5v_search.collection.sources import canonical, check_sources, ingest_all
 from e5v_search.collection.space import Space
+from e5v_search.collection.views import check_taken, is_instructed
 from e5v_search.config import ModelChoice, collection_path
 from e5v_search.embedder import Embedder, Picture
 from e5v_search.errors import (
@@ -42,15 +43,17 @@ UNKNOWN_MODEL = "unknown"  # the fingerprint of vectors that were imported witho
 
 
 def check_first_run(
-    place: str | os.PathLike[str], sources: Sequence[tuple[str, str]], views: Iterable[str], choice: ModelChoice
+    place: str | os.PathLike[str], sources: Sequence[tuple[str, str]], views: Sequence[str], choice: ModelChoice
 ) -> None:
     """Refuse what `ingest_sources` would refuse, before an empty collection is made of it. Does nothing where there is one."""
     if not (collection_path(place) / CATALOG).exists():
         check_sources(sources, views, lambda path: False)
         if choice.name != "auto":
-            from e5v_search.backbones import registry  # which knows torch
+            from e5v_search.backbones import known, registry  # which knows torch
 
-            registry.resolve(choice.name)
+            source = registry.resolve(choice.name)
+            if any(map(is_instructed, views)):
+                known.check_takes(registry.family_name(source), "instruction", "--instruction", choice.name)
 
 
 class Collection:
@@ -190,7 +193,7 @@ class Collection:
 
         `kind` says what it is: photos ("image"), or files of texts, taken as they are ("text") or drawn ("rendered").
         Without `paths` everything that was indexed before is looked through again, each path as what it was indexed as.
-        `views` are prompt sets under which, from now on, every item is to have a vector too.
+        `views` are prompt sets under which, from now on, every item is to have a vector too; "instruction:" and a text is one.
 
         `on_progress(report, photos and texts in all)` is called as it goes. What cannot be used is listed in
         `report.failed` and ends nothing; a file of which `unfinished(path)` says that it may still be being written is left
@@ -211,6 +214,8 @@ class Collection:
         views = list(views or ())
         check_sources(sources, views, lambda path: next(self.catalog.paths_under([path]), None) is not None)
         self._refuse_another_model()
+        if asked := [view for view in views if is_instructed(view) and view not in self.catalog.views]:
+            check_taken(self.embedder(), {kind for _, kind in sources}, asked)
         with self.writing():
             self.catalog.add_roots(sources)
             if views:

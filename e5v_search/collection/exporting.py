@@ -16,6 +16,7 @@ import numpy as np
 from e5v_search.catalog import VIEW, Put
 from e5v_search.collection.core import Collection
 from e5v_search.collection.rows import JSONL, PARQUET, json_lines, parquet, row
+from e5v_search.collection.views import file_name
 from e5v_search.errors import CollectionError, CollectionNotFound, UsageError, disk_full
 
 DESCRIPTION = "export.json"
@@ -25,7 +26,7 @@ _ABANDONED = 3600.0  # seconds after which an unfinished folder is taken for one
 
 
 def vectors_file(view: str) -> str:
-    return "vectors.npy" if view == VIEW else f"vectors-{view}.npy"
+    return file_name("vectors", view, ".npy")
 
 
 def export(

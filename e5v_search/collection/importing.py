@@ -18,9 +18,9 @@ from e5v_search.catalog import KINDS, VIEW, Put
 from e5v_search.collection.core import UNKNOWN_MODEL, Collection
 from e5v_search.collection.exporting import DESCRIPTION, FORMAT, vectors_file
 from e5v_search.collection.rows import JSONL, PARQUET, count_rows, read, read_metadata, to_put
+from e5v_search.collection.views import is_view
 from e5v_search.embedder import Embedder
 from e5v_search.errors import CollectionError, UsageError
-from e5v_search.prompts import PROMPT_SETS
 
 _BLOCK = 4096
 _DESCRIBED: dict[str, type] = {"fingerprint": str, "model": dict, "dim": int, "files": dict, "roots": list}
@@ -172,7 +172,7 @@ def _checked(description: Any, path: Path | None) -> dict[str, Any]:
         raise CollectionError(f"{path} is no description of an export, or one of a newer e5v-search: upgrade, or remove it")
     try:
         wrong = [name for name, type_ in _DESCRIBED.items() if not isinstance(description[name], type_)]
-        wrong += [f"view {view}" for view in description["files"]["vectors"] if view not in PROMPT_SETS]
+        wrong += [f"view {view}" for view in description["files"]["vectors"] if not is_view(view)]
         wrong += [
             f"root {root}" for root in description["roots"] if root["kind"] not in KINDS or not os.path.isabs(root["path"])
         ]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from e5v_search.catalog import VIEW, Catalog
+from e5v_search.collection.views import file_name
 from e5v_search.config import parse
 from e5v_search.errors import CollectionError
 from e5v_search.index import FlatIndex, Index, IndexDamaged, MappedIndex, Recipe, Stamp, build, by_size, load, read_facts
@@ -33,7 +34,7 @@ class Indexes:
         self._loaded: dict[str, Index] = {}
 
     def path(self, view: str = VIEW) -> Path:
-        return self._folder / ("index.faiss" if view == VIEW else f"index-{view}.faiss")
+        return self._folder / file_name("index", view, ".faiss")
 
     def recipe(self, view: str = VIEW) -> tuple[Recipe, str]:
         """Which index a view is to have, and why. Raises UsageError for a recipe of a newer e5v-search."""

@@ -1,6 +1,7 @@
 """Every data set by name: where it is read from, and the protocol it is measured by."""
 
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -158,7 +159,7 @@ def evaluate(
         files, used = protocols.cirr_submission(loaded.data, vectors, missing, prompts)
         outcome = Outcome({})
         whole = limit is None and not missing.reasons
-        place = out if shown == dataset.prompts else out.with_stem(f"{out.stem}-{Path(shown).stem}")
+        place = out if shown == dataset.prompts else out.with_stem(f"{out.stem}-{_file_name(shown)}")
         submissions = write_submissions(files, place, [q.key for q in loaded.data.queries] if whole else None)
     else:
         outcome, used = dataset.measure(loaded.data, vectors, missing, prompts)
@@ -185,6 +186,12 @@ def evaluate(
         limit=limit,
         submissions=submissions,
     )
+
+
+def _file_name(prompts: str) -> str:
+    """A prompt set, or the user's words, as a part of a file's name."""
+    name = Path(prompts).stem if prompts.endswith(".toml") else prompts
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")[:60]
 
 
 def _sizes(data: Data) -> tuple[int, int | None]:

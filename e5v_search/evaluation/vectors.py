@@ -100,8 +100,8 @@ class Vectors:
         form: str = "",
     ) -> dict[bytes, np.ndarray]:
         """Vectors by key, those that could be had; `make` gives those of the inputs that are in no file yet, in blocks."""
-        prompt = load_prompts(prompts).get(kind)  # and not its name: a user's file may change under it
-        made_by = f"{self.embedder.made_by.with_prompts(prompt)} {kind} {form}"
+        content = load_prompts(prompts).content(kind)  # and not its name: a user's file may change under it
+        made_by = f"{self.embedder.made_by.with_prompts(content)} {kind} {form}"
         first = {key: i for i, key in reversed(list(enumerate(keys))) if key is not None}
         with VectorFile(self.cache, made_by, self.embedder.dim) as file:
             vectors = file.get(list(first))
