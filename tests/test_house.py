@@ -23,7 +23,7 @@ FLOORS = [
 HOME = {
     "torch": {"backbones", "training"},
     "transformers": {"backbones", "training"},
-    "sentence_transformers": {"training"},
+    "sentence_transformers": {"backbones"},
     "faiss": {"index"},
     "sqlite_utils": {"catalog"},
     "sqlite3": {"catalog"},

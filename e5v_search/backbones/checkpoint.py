@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from e5v_search.backbones.adapters import Adapter
 
 PACKED: dict[str, type[PackedLinear]] = {"int8": Int8Linear, "fp8": Fp8Linear}
+MODULES = "modules.json"
+_SETTINGS = (".json", ".jinja", ".model", ".txt")  # files that say how a model of sentence-transformers makes a vector
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,13 +72,41 @@ def shards(folder: Path) -> list[Path]:
     raise IncompleteCheckpoint(f"{folder} holds no weights (model.safetensors or model.safetensors.index.json)")
 
 
+def modules(folder: Path) -> list[dict[str, Any]]:
+    """What a folder of sentence-transformers consists of; nothing for any other folder. IncompleteCheckpoint for a bad list."""
+    path = folder / MODULES
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IncompleteCheckpoint(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, list) or not found or not all(isinstance(each, dict) for each in found):
+        raise IncompleteCheckpoint(f"{path} does not hold a list of modules")
+    return found
+
+
+def weights(folder: Path) -> list[Path]:
+    """As `shards`, of a folder of sentence-transformers those of all its modules."""
+    if not modules(folder):
+        return shards(folder)
+    names = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
+    homes = sorted({path.parent for name in names for path in folder.rglob(name)})
+    if not homes:
+        raise IncompleteCheckpoint(f"{folder} holds no weights in safetensors")
+    return [path for home in homes for path in shards(home)]
+
+
 def digest(folder: Path) -> str:
-    """A name for a checkpoint's content that costs no full read: config, tokenizer, tensor tables, sampled weights."""
+    """A name for a model's content that costs no full read: config, tokenizer, tensor tables, sampled weights."""
     h = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
-        if (folder / name).exists():
-            h.update((folder / name).read_bytes())
-    for path in shards(folder):
+    if modules(folder):
+        read = sorted(path for path in folder.rglob("*") if path.suffix in _SETTINGS and path.is_file())
+    else:
+        read = [path for name in ("config.json", "tokenizer.json") if (path := folder / name).exists()]
+    for path in read:
+        h.update(path.read_bytes())
+    for path in weights(folder):
         size = path.stat().st_size
         with path.open("rb") as f:
             header = f.read(8)

@@ -27,7 +27,9 @@ class Family(NamedTuple):
 
 _DECODER = ("4bit", "8bit", "adapter", "instruction")
 
-# by the model_type of a config.json
+SENTENCE_TRANSFORMERS = "sentence_transformers"
+
+# by the model_type of a config.json, but for the last
 FAMILIES = {
     "llava_next": Family(
         "llava_next", "LlavaNextEmbedder", "E5-V, LLaVA-1.6", "last token", (*_DECODER, "int8", "fp8", "tiles")
@@ -38,6 +40,13 @@ FAMILIES = {
     "phi3_v": Family("phi3_v", "Phi3V", "Phi-3-vision: UniME, VLM2Vec", "last token", _DECODER),
     "clip": Family("two_towers", "TwoTowers", "CLIP", "the towers' own"),
     "siglip": Family("two_towers", "TwoTowers", "SigLIP, SigLIP 2 of fixed resolution", "the towers' own"),
+    SENTENCE_TRANSFORMERS: Family(
+        "sentence_transformer",
+        "SentenceTransformerEmbedder",
+        "any other model that sentence-transformers loads, with a modules.json",
+        "the model's own",
+        ("instruction",),
+    ),
 }
 
 

@@ -36,7 +36,7 @@ def load(
     if quantize is not None:
         more |= {"quantization_config": _bitsandbytes(quantize, device, dtype, adapter), "device_map": {"": device}}
     try:
-        with _quiet():
+        with quiet():
             model, found = getattr(transformers, kind).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **more
             )
@@ -78,7 +78,7 @@ def _bitsandbytes(quantize: str, device: torch.device, dtype: torch.dtype, adapt
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bar and its report of tensors: what is amiss is raised."""
     log = transformers.utils.logging
     level, bar = log.get_verbosity(), log.is_progress_bar_enabled()

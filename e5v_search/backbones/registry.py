@@ -10,8 +10,8 @@ from typing import Any
 
 from e5v_search.backbones import Embedder, adapters
 from e5v_search.backbones.adapters import Adapter, read_adapter
-from e5v_search.backbones.checkpoint import digest, read_json, shards
-from e5v_search.backbones.known import FAMILIES, Known, known_models
+from e5v_search.backbones.checkpoint import digest, modules, read_json, weights
+from e5v_search.backbones.known import FAMILIES, SENTENCE_TRANSFORMERS, Known, known_models
 from e5v_search.errors import IncompleteCheckpoint, ModelError, UnknownModel, UsageError
 from e5v_search.prompts import Wording
 
@@ -100,7 +100,7 @@ def _found(model: str, known: list[str], revision: str | None = None) -> Source:
         raise UnknownModel(f"no folder {model}: give an existing model folder or one of {', '.join(known)}")
     if HUB_ID.fullmatch(model):
         name, _, asked = model.partition("@")
-        return _from_hub(name, asked or revision, known, shards)
+        return _from_hub(name, asked or revision, known, weights)
     raise UnknownModel(f"unknown model {model!r}; known: {', '.join(known)}, any hub id owner/name, or a model folder")
 
 
@@ -113,18 +113,36 @@ def family(source: Source) -> type[Embedder]:
 
 def family_name(source: Source) -> str:
     """The key in `FAMILIES`. See `family`."""
-    config = read_json(source.folder / "config.json")
+    declared = None if source.known is None else source.known.family
+    parts = modules(source.folder)
+    config = read_json(path) if (path := source.folder / "config.json").exists() or not parts else {}
     model_type = config.get("model_type")
+    undeclared = declared is None and (model_type not in FAMILIES or not _as_the_family(source.folder, parts))
+    if parts and (undeclared or declared == SENTENCE_TRANSFORMERS):
+        model_type = SENTENCE_TRANSFORMERS
     if model_type not in FAMILIES:
         known = "; ".join(f"{key} ({each.what})" for key, each in FAMILIES.items())
         own = "; code of its author, which it brings, is not run" if "auto_map" in config else ""
         raise ModelError(f"{source.folder} holds a {model_type or 'nameless'!r} model; supported: {known}{own}")
-    if source.known is not None and source.known.family != model_type:
+    if source.known is not None and declared != model_type:
         raise ModelError(
-            f"{source.known.name} is declared as {source.known.family}, but {source.folder} holds a {model_type} model; "
+            f"{source.known.name} is declared as {declared}, but {source.folder} holds a {model_type} model; "
             f"set its family right{f' in {source.known.origin}' if source.known.origin else ''}"
         )
     return str(model_type)
+
+
+def _as_the_family(folder: Path, parts: list[dict[str, Any]]) -> bool:
+    """Whether a folder of sentence-transformers asks for no more than what a family does anyway: the last token, length 1."""
+    kinds = [str(part.get("type")).rpartition(".")[2] for part in parts]
+    if not set(kinds) <= {"Transformer", "CLIPModel", "Pooling", "Normalize"}:
+        return False
+    poolings = [
+        read_json(folder / str(part.get("path")) / "config.json")
+        for part, kind in zip(parts, kinds, strict=True)
+        if kind == "Pooling"
+    ]
+    return all(each.get("pooling_mode") == "lasttoken" or each.get("pooling_mode_lasttoken") for each in poolings)
 
 
 def describe(model: str) -> dict[str, Any]:
@@ -162,7 +180,7 @@ def _is_here(known: Known) -> bool:
             if not isinstance(config, str):
                 return False
             folder = Path(config).parent
-        return bool(shards(folder))
+        return bool(weights(folder))
     except IncompleteCheckpoint:
         return False
 
@@ -171,7 +189,7 @@ def _from_hub(name: str, revision: str | None, known: list[str], check: Callable
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "tokenizer.model"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "vocab.txt", "merges.txt"]
     try:
         # a pinned snapshot that is complete in the cache needs no network
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))

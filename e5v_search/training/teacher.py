@@ -4,16 +4,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
+from e5v_search.backbones import sentence_transformer
 from e5v_search.backbones.registry import Source, resolve
 from e5v_search.errors import IncompleteCheckpoint, MissingPackage, ModelError, UsageError
 from e5v_search.training.kept import Make, kept_rows
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 MINILM = "all-minilm-l6-v2"
 _BLOCK = 2048  # texts
@@ -27,7 +25,7 @@ def teacher_vectors(texts: Sequence[str], teacher: str, folder: Path, say: Calla
     content and one sequence of texts. Several processes may ask at once: one makes the file, the others wait for it.
 
     Raises UsageError without texts, UnknownModel, IncompleteCheckpoint or ModelError for a teacher that cannot be used,
-    MissingPackage without the extra `train`, E5VError when the folder cannot be written.
+    MissingPackage without the extra `st` or `train`, E5VError when the folder cannot be written.
     """
     if not texts:
         raise UsageError("a teacher needs one text at least")
@@ -36,7 +34,9 @@ def teacher_vectors(texts: Sequence[str], teacher: str, folder: Path, say: Calla
     def told(line: str) -> None:
         say(f"teacher {teacher}: {line}")
 
-    return kept_rows(texts, lambda: _make(_load(source)), _key(source, texts), folder, _BLOCK, "texts", told)
+    return kept_rows(
+        texts, lambda: _make(sentence_transformer.load(source.folder)), _key(source, texts), folder, _BLOCK, "texts", told
+    )
 
 
 def _find(teacher: str) -> Source:
@@ -59,29 +59,13 @@ def _find(teacher: str) -> Source:
 
 def _key(source: Source, texts: Sequence[str]) -> str:
     h = hashlib.sha256(f"{source.name} {source.revision}".encode())
-    for path in sorted(source.folder.rglob("*.json")):  # pooling and the like, which the revision of a folder leaves out
-        h.update(path.read_bytes())
     for text in texts:
         data = text.encode()
         h.update(len(data).to_bytes(8, "little") + data)
     return h.hexdigest()[:32]
 
 
-def _load(source: Source) -> "SentenceTransformer":
-    try:
-        from sentence_transformers import SentenceTransformer
-        from transformers.utils import logging
-    except ImportError:
-        raise MissingPackage("a teacher needs sentence-transformers: pip install 'e5v-search[train]'") from None
-    logging.disable_progress_bar()
-    try:
-        return SentenceTransformer(str(source.folder), local_files_only=True)
-    except Exception as error:  # the library passes on whatever a model's parts raise
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"sentence-transformers cannot load the teacher in {source.folder}: {reason}") from error
-
-
-def _make(model: "SentenceTransformer") -> Make[str]:
+def _make(model: Any) -> Make[str]:
     def make(texts: Sequence[str]) -> np.ndarray:
         x: np.ndarray = model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
         if bad := np.flatnonzero(~np.isfinite(x).all(axis=1)).tolist():
