@@ -29,6 +29,11 @@ def photo(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def noise(height: int, width: int) -> Image.Image:
+    """Random pixels, the same for the same size: what a mistake in resizing or cutting cannot hide in."""
+    return Image.fromarray(np.random.default_rng(height * 31 + width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
 def quarters(width: int = 96, height: int = 64) -> Image.Image:
     image = Image.new("RGB", (width, height), BLACK)
     image.paste(RED, (0, 0, width // 2, height // 2))

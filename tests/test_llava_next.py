@@ -10,8 +10,10 @@ import replica
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pictures import noise
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from vectors import cosines
 
 from e5v_search import Collection, media
 from e5v_search.backbones import Embedder
@@ -24,11 +26,7 @@ from e5v_search.prompts import LLAMA3_CHAT, MISTRAL_CHAT, PROMPT_SETS
 SIZES = [(56, 56), (100, 100), (333, 500), (500, 333), (1, 1), (5, 600), (600, 5), (1, 5000), (120, 40), (57, 113)]
 
 
-def picture(height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(height * 31 + width).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-PICTURES = [picture(*size) for size in SIZES]
+PICTURES = [noise(*size) for size in SIZES]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +49,6 @@ def load(folder: Path, **options: str | None) -> LlavaNextEmbedder:
 @pytest.fixture(scope="module")
 def ours(folders: dict[str, tuple[Path, Path]]) -> LlavaNextEmbedder:
     return load(folders["llama"][0])
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.asarray((a * b).sum(axis=1))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -11,7 +11,9 @@ import replica
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pictures import noise
 from PIL import Image
+from vectors import cosines
 
 from e5v_search.backbones import Embedder
 from e5v_search.backbones.llava_next import LlavaNextEmbedder
@@ -20,7 +22,7 @@ from e5v_search.errors import NotAPicture, OutOfMemory, TextTooLong, UnreadableF
 from e5v_search.prompts import LLAMA3_CHAT, MISTRAL_CHAT, PROMPT_SETS
 
 SIZES = [(56, 56), (333, 500), (1, 5000), (600, 5), (120, 40)]
-PICTURES = [Image.fromarray(np.random.default_rng(h * 31 + w).integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in SIZES]
+PICTURES = [noise(h, w) for h, w in SIZES]
 CHANGES = ["make it red", "a", "remove the dog, put two children in the snow; keep the rest as it is", "word " * 60]
 # texts of many lengths over pictures of many lengths, some of them several times
 PAIRS = [(picture, change) for change in CHANGES for picture in PICTURES]
@@ -69,10 +71,6 @@ def one_by_one(embedder: LlavaNextEmbedder, pairs: list[tuple[Image.Image, str]]
         rows.append(embedder.embed_composed([pair], prompts)[0])
     embedder.memory.clear()
     return np.stack(rows)
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.asarray((a * b).sum(axis=1))
 
 
 @pytest.mark.parametrize("prompts", ["cirr", "fashioniq-dress"])

@@ -14,6 +14,7 @@ import pytest
 import replica
 import towers
 from command_line import refused, run
+from pictures import noise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -33,11 +34,7 @@ SIZES = [(56, 56), (57, 113), (333, 200), (1, 1), (5, 300)]
 KINDS = ["minilm", "clip", "vlm"]
 
 
-def picture(height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(height * 31 + width).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-PICTURES = [*(picture(*size) for size in SIZES), Image.open(SAMPLES[0]).convert("RGB")]
+PICTURES = [*(noise(*size) for size in SIZES), Image.open(SAMPLES[0]).convert("RGB")]
 
 
 def settings(folder: Path, name: str, **changes: Any) -> None:

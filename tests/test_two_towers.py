@@ -12,11 +12,12 @@ import towers
 from command_line import refused, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pictures import noise
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerFast, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from vectors import cosines
 
 from e5v_search import Collection
 from e5v_search.backbones import Embedder
@@ -29,11 +30,7 @@ SIZES = [(56, 56), (57, 113), (333, 500), (500, 333), (1, 1), (5, 600), (600, 5)
 KINDS = ["clip", "siglip"]
 
 
-def picture(height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(height * 31 + width).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-PICTURES = [*(picture(*size) for size in SIZES), *(Image.open(path).convert("RGB") for path in SAMPLES[:3])]
+PICTURES = [*(noise(*size) for size in SIZES), *(Image.open(path).convert("RGB") for path in SAMPLES[:3])]
 
 
 @pytest.fixture(scope="module")
@@ -62,38 +59,8 @@ def copy(folders: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return lambda kind: Path(shutil.copytree(folders[kind], tmp_path / kind))
 
 
-class Library:
-    """transformers to the letter."""
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        clip = kind == "clip"
-        self.model = (CLIPModel if clip else SiglipModel).from_pretrained(folder).eval()
-        self.processor = (CLIPImageProcessorPil if clip else SiglipImageProcessorPil).from_pretrained(folder)
-        self.tokenizer = (CLIPTokenizer if clip else PreTrainedTokenizerFast).from_pretrained(folder)
-        self.padding = False if clip else "max_length"
-        self.length = towers.CONTEXT[kind]
-
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        return self.processor(images=image, return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def text(self, text: str) -> np.ndarray:
-        ids = self.tokenizer(text, padding=self.padding, truncation=True, max_length=self.length, return_tensors="pt")
-        x = self.model.get_text_features(input_ids=ids["input_ids"]).pooler_output
-        return np.asarray(torch.nn.functional.normalize(x)[0])
-
-    @torch.no_grad()
-    def image(self, image: Image.Image) -> np.ndarray:
-        x = self.model.get_image_features(pixel_values=self.pixels(image)).pooler_output
-        return np.asarray(torch.nn.functional.normalize(x)[0])
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.asarray((a * b).sum(axis=1))
-
-
 def test_equals_the_library(kind: str, ours: TwoTowers, folders: dict[str, Path]) -> None:
-    library = Library(folders[kind], kind)
+    library = towers.Library(folders[kind], kind)
     # SigLIP reads lower case alone; CLIP's own tokenizer sees to that
     texts = np.stack([library.text(t.lower() if kind == "siglip" else t) for t in towers.TEXTS])
     images = np.stack([library.image(p) for p in PICTURES])
@@ -113,7 +80,7 @@ def test_equals_the_library(kind: str, ours: TwoTowers, folders: dict[str, Path]
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pixels_are_those_of_the_library(kind: str, height: int, width: int, ours: TwoTowers, folders: dict[str, Path]) -> None:
     processor = (CLIPImageProcessorPil if kind == "clip" else SiglipImageProcessorPil).from_pretrained(folders[kind])
-    image = picture(height, width)
+    image = noise(height, width)
     expected = processor(images=image, return_tensors="pt")["pixel_values"]
     found = ours.pixels.normalised(torch.from_numpy(ours.prepare(image))[None])
     # what is longer is cut before it is resized, and then its edges are rounded otherwise: 13 of 255 steps seen in noise
@@ -122,7 +89,7 @@ def test_pixels_are_those_of_the_library(kind: str, height: int, width: int, our
 
 
 def test_a_thread_of_a_picture_takes_no_gigabytes(loaded: dict[str, TwoTowers], folders: dict[str, Path]) -> None:
-    thread = picture(3, 1200)
+    thread = noise(3, 1200)
     expected = CLIPImageProcessorPil.from_pretrained(folders["clip"])(images=thread, return_tensors="pt")["pixel_values"][0]
     pixels = loaded["clip"].pixels
     found = pixels.normalised(torch.from_numpy(pixels(thread))[None])[0]
@@ -256,8 +223,20 @@ def test_a_family_loads_its_own_models_alone(folders: dict[str, Path]) -> None:
     assert isinstance(Embedder.load(str(folders["clip"]), device="cpu"), TwoTowers)
     with pytest.raises(ModelError, match="holds a model for TwoTowers, not for LlavaNextEmbedder"):
         LlavaNextEmbedder.load(str(folders["clip"]), device="cpu")
-    with pytest.raises(UsageError, match="leave --quantize out"):
-        Embedder.load(str(folders["siglip"]), device="cpu", quantize="4bit")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"quantize": "4bit"}, r"--quantize 4bit is for llava_next, qwen2_vl, .*, phi3_v: leave --quantize out"),
+        ({"quantize": "int8"}, r"--quantize int8 is for llava_next: leave --quantize out"),
+        ({"tiles": "base"}, r"--tiles is for llava_next: leave --tiles out"),
+        ({"adapter": "somewhere"}, r"--adapter is for llava_next, .*: leave --adapter out"),
+    ],
+)
+def test_options_of_other_families_are_refused(options: dict[str, str], told: str, kind: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match=f"is a {kind} model; {told}"):
+        Embedder.load(str(folders[kind]), device="cpu", **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model_type", ["siglip2", "blip", None])

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ import vision_models
 from command_line import refused, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import noise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from vectors import cosines
 from vision_models import KINDS, SENTENCES, Library, independent
 
 from e5v_search.backbones import Embedder
@@ -33,11 +36,7 @@ SIZES = [(28, 28), (57, 113), (333, 500), (500, 333), (1, 1), (5, 300), (300, 5)
 CLASSES = {"qwen2_vl": Qwen2VL, "qwen3_vl": Qwen3VL, "llava_onevision": LlavaOnevision, "phi3_v": Phi3V}
 
 
-def picture(height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(height * 31 + width).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-PICTURES = [*(picture(*size) for size in SIZES), Image.open(SAMPLES[0]).convert("RGB")]
+PICTURES = [*(noise(*size) for size in SIZES), Image.open(SAMPLES[0]).convert("RGB")]
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +63,6 @@ def ours(kind: str, loaded: dict[str, VisionLanguage]) -> VisionLanguage:
 @pytest.fixture
 def copy(folders: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return lambda kind: Path(shutil.copytree(folders[kind], tmp_path / kind))
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.asarray((a * b).sum(axis=1))
 
 
 def test_equals_the_library(kind: str, ours: VisionLanguage, folders: dict[str, Path]) -> None:
@@ -144,7 +139,7 @@ def test_sizes_are_the_librarys(height: int, width: int) -> None:
 
 @pytest.mark.parametrize("size", [(1, 60000), (60000, 1), (2, 999)])
 def test_a_thread_of_a_picture_stays_within_bounds(size: tuple[int, int], ours: VisionLanguage) -> None:
-    prepared = ours.prepare(picture(*size))
+    prepared = ours.prepare(noise(*size))
     assert prepared.tokens < 1500
     assert ours.embed_prepared([prepared]).shape == (1, ours.dim)
 
@@ -221,10 +216,16 @@ def test_memory_that_runs_out_halves_the_batch(loaded: dict[str, VisionLanguage]
 def test_a_family_loads_its_own_models_alone(folders: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match="holds a model for Qwen2VL, not for LlavaNextEmbedder"):
         LlavaNextEmbedder.load(str(folders["qwen2_vl"]), device="cpu")
-    with pytest.raises(UsageError, match="int8 is for llava_next: leave --quantize out"):
-        Embedder.load(str(folders["qwen2_vl"]), device="cpu", quantize="int8")
     with pytest.raises(UsageError, match="quantised on a CUDA device, not on cpu"):
         Embedder.load(str(folders["qwen3_vl"]), device="cpu", quantize="4bit")
+
+
+@pytest.mark.parametrize(("options", "option"), [({"tiles": 2}, "--tiles"), ({"quantize": "int8"}, "--quantize int8")])
+def test_what_llava_next_alone_can_do(options: dict[str, Any], option: str, kind: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(UsageError) as error:
+        Embedder.load(str(folders[kind]), device="cpu", **options)
+    told = f"{folders[kind]} is a {kind} model; {option} is for llava_next: leave {option.partition(' ')[0]} out"
+    assert str(error.value) == told
 
 
 def test_missing_weights_are_named(kind: str, copy: Callable[[str], Path]) -> None:

@@ -1,9 +1,11 @@
-"""Small CLIP and SigLIP models with seeded random weights, as published checkpoints lie on disk."""
+"""Small CLIP and SigLIP models with seeded random weights, as published checkpoints lie on disk, and transformers over them."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -66,3 +68,29 @@ def build(folder: Path, kind: str, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Library:
+    """One input at a time."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        clip = kind == "clip"
+        self.model = (CLIPModel if clip else SiglipModel).from_pretrained(folder).eval()
+        self.processor = (CLIPImageProcessorPil if clip else SiglipImageProcessorPil).from_pretrained(folder)
+        self.tokenizer = (CLIPTokenizer if clip else PreTrainedTokenizerFast).from_pretrained(folder)
+        self.padding = False if clip else "max_length"
+        self.length = CONTEXT[kind]
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        return self.processor(images=image, return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def text(self, text: str) -> np.ndarray:
+        ids = self.tokenizer(text, padding=self.padding, truncation=True, max_length=self.length, return_tensors="pt")
+        x = self.model.get_text_features(input_ids=ids["input_ids"]).pooler_output
+        return np.asarray(torch.nn.functional.normalize(x)[0])
+
+    @torch.no_grad()
+    def image(self, image: Image.Image) -> np.ndarray:
+        x = self.model.get_image_features(pixel_values=self.pixels(image)).pooler_output
+        return np.asarray(torch.nn.functional.normalize(x)[0])

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import replica
 import torch
-from PIL import Image
+from pictures import noise
 
 from e5v_search.backbones import Embedder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SIZES = [(56, 56), (100, 100), (333, 500), (500, 333), (1, 1), (1, 5000), (120, 40)]
-PICTURES = [Image.fromarray(np.random.default_rng(h * 31 + w).integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in SIZES]
+PICTURES = [noise(h, w) for h, w in SIZES]
 
 
 @pytest.fixture(scope="module")
