@@ -82,7 +82,7 @@ def test_commands(page: Path, user: Path) -> None:
         assert run("e5v-search index ~/Pictures")[0] == 0
     for line in program:
         code, output = run(line)
-        if hub := re.search(r"--model (\w+/\S+)", line):  # not to be had here: all but the weights must be right
+        if hub := re.search(r"--model ([\w-]+/\S+)", line):  # not to be had here: all but the weights must be right
             assert code == 3, output
             assert f"{hub[1]} is not on this machine" in output
         elif re.search(r"-c big\b", line):
