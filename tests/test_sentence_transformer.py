@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import replica
+import torch
 import towers
 from command_line import refused, run
 from pictures import noise
@@ -119,7 +120,7 @@ def test_a_batch_is_what_each_is_alone(kind: str, loaded: dict[str, Any]) -> Non
     ours = loaded[kind]
     one_by_one = np.concatenate([ours.embed_texts([text]) for text in TEXTS])
     np.testing.assert_allclose(ours.embed_texts(TEXTS), one_by_one, atol=2e-5)
-    assert ours.embed_texts([]).shape[0] == 0
+    assert ours.embed_texts([]).shape == (0, ours.dim)
     if kind == "minilm":
         return
     one_by_one = np.concatenate([ours.embed_images([p]) for p in PICTURES])
@@ -129,7 +130,17 @@ def test_a_batch_is_what_each_is_alone(kind: str, loaded: dict[str, Any]) -> Non
     pairs = list(zip(PICTURES, TEXTS, strict=True))
     one_by_one = np.concatenate([ours.embed_composed([pair]) for pair in pairs])
     np.testing.assert_allclose(ours.embed_composed(pairs), one_by_one, atol=2e-5)
-    assert len(ours.embed_images([])) == len(ours.embed_composed([])) == 0
+    assert ours.embed_images([]).shape == ours.embed_composed([]).shape == (0, ours.dim)
+
+
+def test_batches_may_be_under_way_side_by_side(loaded: dict[str, Any]) -> None:
+    texts = [f"{'word ' * (n % 40)}{n}" for n in range(400)]
+    expected, threads = loaded["clip"].embed_texts(texts), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        np.testing.assert_allclose(loaded["clip"].embed_texts(texts), expected, atol=2e-5)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_gives_what_our_own_engine_gives(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

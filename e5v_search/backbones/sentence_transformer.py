@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from e5v_search.backbones import checkpoint, library, registry
-from e5v_search.backbones.batches import Batches, unit
+from e5v_search.backbones.batches import TEXTS, WINDOW, Batches, unit
 from e5v_search.backbones.tiles import Size
 from e5v_search.backbones.words import Wordless
 from e5v_search.config import ModelChoice
@@ -42,7 +43,7 @@ class SentenceTransformerEmbedder(Wordless):
         self.dtype = checkpoint.pick_dtype(choice.dtype, self.device, numbers)
         self.model = load(source.folder, self.device, self.dtype)
         self.batches = Batches(self.device, relieve=lambda: 0)
-        self._cut: int | None = None
+        self._cut, self.dim = None, 0
         # what it says of itself is not always right
         whole = self._embed([{"text": "a"} if self.model.supports("text") else {"image": Image.new("RGB", (64, 64))}]).shape[1]
         self._cut = source.cut(whole, choice.dim)
@@ -60,7 +61,7 @@ class SentenceTransformerEmbedder(Wordless):
         """Sentences -> (n, dim); one that is too long is cut where the model cuts it."""
         self._needs("text", "texts")
         # named as texts: sentence-transformers would take one that looks like a file's name or an address for a picture
-        return unit(self._embed([{"text": text} for text in texts], **self._asked("text", prompts)))
+        return unit(self._embed([{"text": text} for text in texts], window=TEXTS, **self._asked("text", prompts)))
 
     def embed_images(self, images: Sequence[Picture], prompts: str = "retrieval") -> np.ndarray:
         """Pictures (paths, encoded bytes or PIL images) -> (n, dim), read ahead in threads. MediaError names the picture."""
@@ -129,7 +130,9 @@ class SentenceTransformerEmbedder(Wordless):
 
     # how it goes through
 
-    def _embed(self, inputs: Iterable[dict[str, Any]], document: bool = False, prompt: str | None = None) -> np.ndarray:
+    def _embed(
+        self, inputs: Iterable[dict[str, Any]], document: bool = False, prompt: str | None = None, window: int = WINDOW
+    ) -> np.ndarray:
         """-> (n, dim), not normalised"""
         encode = self.model.encode_document if document else self.model.encode_query
         plain = not self.model.supports("image")  # some modules for texts know nothing of dictionaries
@@ -145,7 +148,7 @@ class SentenceTransformerEmbedder(Wordless):
                 )
             return np.asarray(x, np.float32)
 
-        return self.batches.raw(inputs, self._length, forward, self._cut or self.model.truncate_dim or 0)
+        return self.batches.embed(inputs, self._length, forward, self.dim, window)
 
     def _length(self, one: dict[str, Any]) -> int:
         text = len(one.get("text", "")) // 3 + 4  # about three letters a token
@@ -201,6 +204,7 @@ def load(folder: Path, device: torch.device | None = None, dtype: torch.dtype | 
     if lost:
         raise IncompleteCheckpoint(f"{folder} lacks {len(lost)} tensors, the first is {lost[0]}; download the model again")
     _limit(model)
+    _take_turns(model)
     return model.eval()
 
 
@@ -223,6 +227,17 @@ def _limit(model: Any) -> None:
     most = getattr(text, "max_position_embeddings", None)
     if text is not config and most is not None and (model.max_seq_length or most + 1) > most:
         model.max_seq_length = most
+
+
+def _take_turns(model: Any) -> None:
+    """Batches may be under way side by side, but a tokenizer can be used by one thread at a time."""
+    prepare, turn = model.preprocess, Lock()
+
+    def in_turn(*inputs: Any, **told: Any) -> Any:
+        with turn:
+            return prepare(*inputs, **told)
+
+    model.preprocess = in_turn
 
 
 @contextmanager
