@@ -5,6 +5,7 @@ import builtins
 import importlib.util
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,14 +134,27 @@ def test_a_batch_is_what_each_is_alone(kind: str, loaded: dict[str, Any]) -> Non
     assert ours.embed_images([]).shape == ours.embed_composed([]).shape == (0, ours.dim)
 
 
-def test_batches_may_be_under_way_side_by_side(loaded: dict[str, Any]) -> None:
-    texts = [f"{'word ' * (n % 40)}{n}" for n in range(400)]
-    expected, threads = loaded["clip"].embed_texts(texts), torch.get_num_threads()
+def test_batches_side_by_side_take_turns_with_the_tokenizer(loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, texts = loaded["clip"], [f"{'word ' * (n % 40)}{n}" for n in range(400)]
+    expected, true, inside = ours.embed_texts(texts), ours.model[0].preprocess, [0, 0]
+
+    def watched(*inputs: Any, **told: Any) -> Any:
+        inside[0] += 1
+        inside[1] = max(inside)
+        time.sleep(0.01)
+        try:
+            return true(*inputs, **told)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(ours.model[0], "preprocess", watched)
+    threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        np.testing.assert_allclose(loaded["clip"].embed_texts(texts), expected, atol=2e-5)
+        np.testing.assert_allclose(ours.embed_texts(texts), expected, atol=2e-5)
     finally:
         torch.set_num_threads(threads)
+    assert inside == [0, 1]
 
 
 def test_gives_what_our_own_engine_gives(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
