@@ -91,6 +91,17 @@ def resident_bytes(recipe: Recipe, n: int, d: int) -> int:
     return ids + codes_bytes(n, d) + centres
 
 
+def read_bytes(recipe: Recipe, n: int, d: int) -> int:
+    """About how many bytes of codes and rows one search reads."""
+    if recipe.kind == "exact":
+        return 2 * d * n
+    if recipe.kind == "hnsw":
+        return 2 * d * min(recipe.ef, n)
+    lists = recipe.lists or lists_for(n)
+    scanned = n if recipe.kind == "one-bit" else min(recipe.probes, lists) * n // lists
+    return codes_bytes(scanned, d) + 2 * d * min(recipe.candidates, n)
+
+
 def physical_memory() -> int:
     """Bytes of this machine's memory; where it does not say, 8 GB are assumed."""
     try:
