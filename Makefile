@@ -13,6 +13,8 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # faiss-cpu and faiss-gpu own the same folder: exactly one of them
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu)
 EXTRA := $(if $(GPU),gpu,cpu)
+# milvus-lite brings faiss-cpu
+LITE := $(if $(GPU),,$(shell echo ,milvus-lite))
 
 SAMPLES := e5v_search/samples
 PHOTOS ?= $(SAMPLES)
@@ -43,7 +45,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@$(PIP) -e ".[$(EXTRA),dev]"
+	@$(PIP) -e ".[$(EXTRA),dev$(LITE)]"
 	@touch $@
 
 # each command is shown as one would type it, then run

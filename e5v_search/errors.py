@@ -23,10 +23,11 @@
         ├── CatalogDamaged          SQLite cannot read it
         ├── SchemaTooNew            written by a newer e5v-search
         ├── CollectionReadOnly
-        └── DiskFull
+        ├── DiskFull
+        └── StoreError              the Milvus that holds the index does not serve, or has something else there
 
 Foreign exceptions are turned into these where the foreign library is called: PIL's and the operating system's in
-`media`, SQLite's in `catalog`, FAISS's in `index`, torch's and safetensors' in `backbones`. What the disk under a
+`media`, SQLite's in `catalog`, FAISS's and Milvus' in `index`, torch's and safetensors' in `backbones`. What the disk under a
 collection refuses is worded here, for all who write there.
 """
 
@@ -129,6 +130,10 @@ class CollectionReadOnly(CollectionError):
 
 
 class DiskFull(CollectionError):
+    pass
+
+
+class StoreError(CollectionError):
     pass
 
 

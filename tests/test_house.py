@@ -25,6 +25,7 @@ HOME = {
     "transformers": {"backbones", "training"},
     "sentence_transformers": {"backbones"},
     "faiss": {"index"},
+    "pymilvus": {"index"},
     "sqlite_utils": {"catalog"},
     "sqlite3": {"catalog"},
     "click": {"cli"},
@@ -79,7 +80,7 @@ def test_no_module_is_longer_than_can_be_read() -> None:
 
 
 def test_cli_and_public_surface_load_nothing_heavy() -> None:
-    heavy = {"torch", "faiss", "transformers", "numpy", "PIL", "sqlite3"}
+    heavy = {"torch", "faiss", "transformers", "numpy", "PIL", "sqlite3", "pymilvus", "grpc"}
     code = f"import sys, e5v_search.cli, e5v_search; print(sorted({heavy} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

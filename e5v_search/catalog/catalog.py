@@ -66,6 +66,13 @@ class Catalog(Files, Transfer):
         rows = self._rows("SELECT id FROM items WHERE content_hash = CAST(? AS TEXT) ORDER BY id", (to_sql(content_hash),))
         return [row[0] for row in rows]
 
+    def sample(self, n: int) -> np.ndarray:
+        """Ids (m,) int64, ascending, of at most n items from all over the catalog, the same each time."""
+        least, most = self._rows("SELECT coalesce(min(id), 0), coalesce(max(id), -1) FROM items")[0]
+        drawn = np.random.default_rng(0).integers(least, most, n, endpoint=True).tolist() if least <= most else []
+        query = f"SELECT (SELECT min(id) FROM items WHERE id >= column1) FROM (VALUES {', '.join(['(?)'] * n)})"
+        return np.unique(np.array([row[0] for row in self._rows(query, drawn)] if drawn else [], dtype=np.int64))
+
     def newest(self, start: int, n: int) -> list[int]:
         """Ids of the items from the `start`-th newest on, by date, those without one last, then by id; `n` at most."""
         query = "SELECT id FROM items ORDER BY taken_at DESC, id DESC LIMIT ? OFFSET ?"
@@ -93,9 +100,11 @@ class Catalog(Files, Transfer):
     # vectors
 
     def vectors(
-        self, after: int = 0, ids: Sequence[int] | np.ndarray | None = None, view: str = VIEW
+        self, after: int = 0, ids: Sequence[int] | np.ndarray | None = None, view: str = VIEW, item: int = -1
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Blocks (ids int64 (n,), x float16 (n, dim)) of the vectors written by states later than `after`; n <= BLOCK.
+
+        They come by state, and then by id; of the state after `after`, those of ids up to `item` are left out.
 
         Each block is read by itself: no transaction stays open while the caller works. What is written in the meantime is
         left out, so read `state` first; `vectors(after=state)` later brings whatever was missed.
@@ -111,7 +120,7 @@ class Catalog(Files, Transfer):
             "SELECT item_id, embedding, state FROM vectors WHERE view = ? AND (state, item_id) > (?, ?) AND state <= ?"
             " ORDER BY state, item_id LIMIT ?"
         )
-        upto, last = self.state, (after, 2**63 - 1)
+        upto, last = self.state, (after + 1, item)
         while rows := self._rows(query, (view, *last, upto, BLOCK)):
             yield self._block(rows)
             last = rows[-1][2], rows[-1][0]
@@ -123,6 +132,10 @@ class Catalog(Files, Transfer):
             raise damaged(self.path, f"the vector of item {wrong[0]} has not {dim} numbers")
         x = np.frombuffer(b"".join(row[1] for row in rows), "<f2").astype(np.float16, copy=False)
         return np.array([row[0] for row in rows], dtype=np.int64), x.reshape(-1, dim)
+
+    def written(self, item_id: int, view: str) -> int:
+        """The state that wrote the vector of an item."""
+        return int(self._rows("SELECT state FROM vectors WHERE item_id = ? AND view = ?", (item_id, view))[0][0])
 
     def pending(self, view: str) -> np.ndarray:
         """Ids (n,) int64, ascending, of the items that have no vector in `view` yet."""

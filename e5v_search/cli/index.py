@@ -15,6 +15,7 @@ from e5v_search.cli.options import (
     json_option,
     model_options,
     quiet_option,
+    store_option,
 )
 from e5v_search.cli.printing import count, print_failures, print_json, printable, warn
 from e5v_search.cli.progress import Progress
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         "e5v-search index photos --views retrieval,cirr",
         "e5v-search index photos -c holidays --instruction 'What colour is it, in one word:'",
         "e5v-search index photos --watch",
+        "e5v-search index photos -c shared --store milvus:photos.db/shared",
     )
 )
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 )
 @collection_option
 @model_options
+@store_option
 @click.option("--watch", is_flag=True, help="Go on: bring in whatever happens in the folders, until stopped.")
 @json_option
 @quiet_option
@@ -69,6 +72,7 @@ def index(
     instruction: str | None,
     collection: str,
     choice: ModelChoice,
+    store: str | None,
     watch: bool,
     as_json: bool,
     quiet: bool,
@@ -85,14 +89,17 @@ def index(
     if kind is not None and not paths:
         raise click.UsageError("--kind says what PATHS are: give some")
     from e5v_search.collection import Collection, Follower, canonical, check_first_run
+    from e5v_search.errors import StoreError
 
     wanted = [view.strip() for view in views.split(",")] if views else []
     if instruction is not None:
         wanted.append(instructed(instruction))
     named = [(path, kind or "image") for path in canonical(paths)]
     if named:
-        check_first_run(collection, named, wanted, choice)
+        check_first_run(collection, named, wanted, choice, store)
     with Collection.open(collection, choice, create=bool(named)) as target:
+        if store is not None:
+            target.store_in(store)
         sources = named or target.catalog.roots()
         if not sources:
             raise click.UsageError(f"nothing was indexed into {target.path} before: say which folder to index")
@@ -121,6 +128,8 @@ def index(
                 if not quiet and not as_json and (change.added or change.updated or change.removed):
                     counts = f"+{change.added:,} ~{change.updated:,} -{change.removed:,}"
                     click.echo(f"{time.strftime('%H:%M:%S')}  {counts}", err=True)
+    if report.behind and not watch:
+        raise StoreError(report.behind)
     if report.failed and not watch:
         ctx.exit(1)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from e5v_search.cli.options import collection_option, debug_option, examples, json_option
+from e5v_search.cli.options import collection_option, debug_option, examples, json_option, store_option
 from e5v_search.cli.printing import count, print_json, printable, size, warn
 
 _SHOWN_FAILURES = 5
@@ -79,6 +79,7 @@ def verify(ctx: click.Context, collection: str, as_json: bool) -> None:
         "e5v-search rebuild",
         "e5v-search rebuild -c holidays --json",
         "e5v-search rebuild --recipe one-bit",
+        "e5v-search rebuild --store milvus:photos.db/photos",
         "e5v-search rebuild --recipe auto",
     )
 )
@@ -87,19 +88,31 @@ def verify(ctx: click.Context, collection: str, as_json: bool) -> None:
     metavar="NAME|FILE.toml",
     help="The index to make, from now on: exact, one-bit, ivf, hnsw, a recipe of your own, or auto: by size.",
 )
+@store_option
 @collection_option
 @json_option
 @debug_option
-def rebuild(recipe: str | None, collection: str, as_json: bool) -> None:
-    """Make the index anew from the catalog. Nothing is read or embedded."""
+def rebuild(recipe: str | None, store: str | None, collection: str, as_json: bool) -> None:
+    """Make the index anew from the catalog. Nothing is read or embedded.
+
+    With --store alone, what is in Milvus already stays, and what it lacks is sent.
+    """
     from e5v_search.collection import Collection
     from e5v_search.index import read_recipe
 
     start = time.monotonic()
     chosen = None if recipe in (None, "auto") else read_recipe(recipe)
+    if store is not None and recipe == "auto":
+        raise click.UsageError("--recipe auto is an index in files: leave --store away")
     with Collection.open(collection, create=False) as target:
-        vectors = target.rebuild("auto" if recipe == "auto" else chosen)
+        left = target.indexes.store
+        if store is not None and chosen is None:
+            vectors = target.store_in(store)
+        else:
+            vectors = target.rebuild("auto" if recipe == "auto" else chosen, store)
         kind = target.indexes.kind
+        if left not in ("", target.indexes.store):
+            warn(f"the vectors in {left} stay there; drop them in Milvus if nobody needs them")
     seconds = time.monotonic() - start
     if as_json:
         print_json({"vectors": vectors, "seconds": round(seconds, 3), "kind": kind})

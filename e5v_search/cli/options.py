@@ -75,6 +75,11 @@ where_option = click.option(
     metavar="EXPR",
     help="Only items that pass, as 'taken>=2023-05 and near=48.85,2.35,10km'; repeatable.",
 )
+store_option = click.option(
+    "--store",
+    metavar="URL",
+    help="Keep the index in Milvus, from now on: milvus://HOST:PORT/COLLECTION, or milvus:FILE.db/COLLECTION.",
+)
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no warnings, no summary.")
 
 

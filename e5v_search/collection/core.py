@@ -31,9 +31,10 @@ from e5v_search.errors import (
     E5VError,
     FingerprintMismatch,
     QueryError,
+    StoreError,
 )
 from e5v_search.hits import Hits
-from e5v_search.index import Recipe
+from e5v_search.index import Recipe, check
 from e5v_search.query import Query, TermLike, terms
 
 _SYNC_AFTER = 20_000  # vectors that a search during a long run may have to fetch from the catalog itself
@@ -43,7 +44,11 @@ UNKNOWN_MODEL = "unknown"  # the fingerprint of vectors that were imported witho
 
 
 def check_first_run(
-    place: str | os.PathLike[str], sources: Sequence[tuple[str, str]], views: Sequence[str], choice: ModelChoice
+    place: str | os.PathLike[str],
+    sources: Sequence[tuple[str, str]],
+    views: Sequence[str],
+    choice: ModelChoice,
+    store: str | None = None,
 ) -> None:
     """Refuse what `ingest_sources` would refuse, before an empty collection is made of it. Does nothing where there is one."""
     if not (collection_path(place) / CATALOG).exists():
@@ -54,6 +59,8 @@ def check_first_run(
             source = registry.resolve(choice.name)
             if any(map(is_instructed, views)):
                 known.check_takes(registry.family_name(source), "instruction", "--instruction", choice.name)
+        if store is not None:
+            check(Recipe("milvus", store=store), "", None)
 
 
 class Collection:
@@ -226,9 +233,13 @@ class Collection:
                 with ingest:
                     ingest_all(ingest, sources)
             finally:
-                with suppress(CollectionError):  # what failed first, a full disk say, is the error to report
+                try:
                     self.catalog.finish_run(run, ingest.report.to_json())
                     self.indexes.sync()
+                except StoreError as error:
+                    ingest.report.behind = str(error)
+                except CollectionError:
+                    pass  # what failed first, a full disk say, is the error to report
         return ingest.report
 
     def ingest_changes(
@@ -244,13 +255,16 @@ class Collection:
         return ingest.report
 
     def _ingest(self, on_progress: Callable[[Report, int], None] | None, unfinished: Callable[[str], bool] | None) -> Ingest:
-        behind = 0
+        behind, serves = 0, True
 
         def committed(vectors: int) -> None:
-            nonlocal behind
+            nonlocal behind, serves
             behind += vectors
-            if behind >= _SYNC_AFTER or self.indexes.missing:
-                self.indexes.sync()
+            if serves and (behind >= _SYNC_AFTER or self.indexes.missing):
+                try:
+                    self.indexes.sync()
+                except StoreError:  # what is embedded is safe without it
+                    serves = False
                 behind = 0
 
         return Ingest(self.catalog, self.embedder, committed, on_progress, unfinished)
@@ -295,17 +309,32 @@ class Collection:
             self.indexes.sync()
         return len(ids)
 
-    def rebuild(self, recipe: Recipe | Literal["auto"] | None = None) -> int:
+    def rebuild(self, recipe: Recipe | Literal["auto"] | None = None, store: str | None = None) -> int:
         """Make the index anew from the catalog, embedding nothing. Returns the number of vectors.
 
-        A `recipe` holds from now on; with "auto" the size of the collection decides again, as it does in new ones.
+        A `recipe` holds from now on; with "auto" the size of the collection decides again, as it does in new ones. `store` is
+        where one of Milvus' is to be. Raises UsageError, StoreError.
         """
         with self.writing():
             if recipe == "auto":
                 self.catalog.choose_recipe(None)
             elif recipe is not None:
-                self.catalog.choose_recipe({"recipe": recipe.to_json(), "why": "chosen with rebuild --recipe"})
+                placed = self.indexes.placed(recipe, store)
+                self.catalog.choose_recipe({"recipe": placed.to_json(), "why": _why(placed, "--recipe")})
             return self.indexes.rebuild()
+
+    def store_in(self, store: str) -> int:
+        """Keep the index in Milvus from now on: milvus://HOST:PORT/COLLECTION, or milvus:FILE.db/COLLECTION.
+
+        What is there of this collection already stays, what it lacks is sent. Returns the number of items. Raises UsageError
+        for what is no such place; StoreError where it does not serve, or holds something else, and nothing has changed then.
+        """
+        with self.writing():
+            placed = self.indexes.placed(Recipe("milvus"), store)
+            if placed.store != self.indexes.store:
+                self.catalog.choose_recipe({"recipe": placed.to_json(), "why": _why(placed, "--store")})
+            self.indexes.sync()
+            return self.catalog.size()
 
     # reading
 
@@ -374,3 +403,8 @@ class Collection:
     def verify(self) -> list[str]:
         """Every inconsistency found in catalog and index, one line each; an empty list means none."""
         return [*self.catalog.verify(), *self.indexes.problems()]
+
+
+def _why(recipe: Recipe, option: str) -> str:
+    where = f", in {recipe.store}" if recipe.store else ""
+    return f"chosen with rebuild {option}{where}" if option == "--recipe" else f"chosen with {option}{where}"

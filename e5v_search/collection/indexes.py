@@ -1,17 +1,33 @@
 """The index files of a collection, one for each of its views: derived from the catalog, and made anew when in doubt."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from e5v_search.catalog import VIEW, Catalog
+from e5v_search.collection.remote import CatalogSource
 from e5v_search.collection.views import file_name
 from e5v_search.config import parse
-from e5v_search.errors import CollectionError
-from e5v_search.index import FlatIndex, Index, IndexDamaged, MappedIndex, Recipe, Stamp, build, by_size, load, read_facts
+from e5v_search.errors import CollectionError, StoreError, UsageError
+from e5v_search.index import (
+    FlatIndex,
+    Index,
+    IndexDamaged,
+    MappedIndex,
+    MilvusIndex,
+    Place,
+    Recipe,
+    Stamp,
+    build,
+    by_size,
+    check,
+    load,
+    read_facts,
+)
 from e5v_search.index.recipe import physical_memory
 
 _BEHIND = 20_000  # changes that a search brings into memory before it asks for the files to be renewed
@@ -24,6 +40,7 @@ class Indexes:
 
     What little a file lacks is brought in memory by those who search; one that is far behind, missing, damaged, of another
     catalog or of a kind that is not right any more is replaced by one built from the catalog. Nothing is ever embedded.
+    One in Milvus is a file that says where it is, and follows the same rules; a StoreError tells of what fails there.
     `writing` holds the collection's write lock, or raises CollectionError.
     """
 
@@ -46,6 +63,25 @@ class Indexes:
         used = None if facts is None else _KINDS.get(facts["kind"], facts["kind"])
         return by_size(n, self._catalog.dim or 1, physical_memory(), used)
 
+    @property
+    def store(self) -> str:
+        """The place in Milvus that the indexes are in; empty where they are in files."""
+        chosen = self._chosen()
+        return "" if chosen is None else chosen[0].store
+
+    def placed(self, recipe: Recipe, store: str | None = None) -> Recipe:
+        """The recipe with the place in Milvus that it asks for: `store`, its own, or the one in use.
+
+        Raises UsageError where there is none, or no such place; StoreError where it does not serve, or holds something else.
+        """
+        if recipe.kind != "milvus":
+            if store is not None:
+                raise UsageError(f"--store goes with a recipe of the kind milvus, not {recipe.kind}")
+            return recipe
+        recipe = replace(recipe, store=Place.parse(store or recipe.store or self.store).text)
+        check(recipe, self._catalog.uid, self._catalog.dim)
+        return recipe
+
     def _chosen(self) -> tuple[Recipe, str] | None:
         chosen = self._catalog.recipe
         if chosen is None:
@@ -56,12 +92,22 @@ class Indexes:
 
     def current(self, view: str = VIEW) -> Index:
         """The index with everything that the catalog holds in `view`."""
-        index = self._usable(view)
+        index, trouble = self._usable(view), ""
         if index is None or self._far_behind(index, view):
             # a search repairs the files for the next one, but never waits or fails for it
-            with suppress(CollectionError), self._writing():
-                self._bring_up(view)
+            try:
+                with self._writing():
+                    self._bring_up(view)
+            except StoreError:
+                raise
+            except CollectionError as error:
+                trouble = f" ({error})"
             index = self._usable(view)
+            if self.recipe(view)[0].kind == "milvus" and (index is None or self._far_behind(index, view)):
+                # all that it lacks may be more than memory holds
+                raise StoreError(
+                    f"{self.store} is not filled yet{trouble}; ask again when it is, or fill it with: e5v-search index"
+                )
         if index is None:
             stamp = self._stamp()
             index = FlatIndex.build(self._catalog.dim or 1, self._catalog.vectors(view=view))
@@ -79,7 +125,7 @@ class Indexes:
             facts = read_facts(self.path(view))
             if index is not None and Stamp(facts["uid"], facts["state"]) == index.stamp:
                 return index
-            index = load(self.path(view))
+            index = self._load(view)
         except IndexDamaged:
             return None
         if not self._of_this_catalog(index):
@@ -97,20 +143,28 @@ class Indexes:
     def _far_behind(self, index: Index, view: str) -> bool:
         if index.stamp == self._stamp():
             return False
-        most = max(_BEHIND, index.newer if isinstance(index, MappedIndex) else 0)
+        if isinstance(index, MilvusIndex):
+            most = index.newer
+        else:
+            most = max(_BEHIND, index.newer if isinstance(index, MappedIndex) else 0)
         return self._catalog.changes(index.stamp.state, view, most + 1) > most
 
     def _catch_up(self, index: Index, view: str, at_once: int | None = None) -> None:
-        """Bring in what is newer; with `at_once`, rows go to the disk when so many are in memory."""
+        """Bring in what is newer; with `at_once`, rows go to the disk when so many are in memory, and to Milvus soon."""
         stamp = self._stamp()
         if index.stamp == stamp:
             return
         # read the stamp first: what is committed meanwhile is fetched twice rather than never
         index.remove(self._catalog.removed(index.stamp.state, view))
-        for ids, x in self._catalog.vectors(after=index.stamp.state, view=view):
+        for ids, x in self._catalog.vectors(after=index.stamp.state, view=view, item=index.stamp.item):
             index.put(ids, x)
             if at_once is not None and isinstance(index, MappedIndex) and index.unsaved >= at_once:
                 index.absorb()
+            elif at_once is not None and isinstance(index, MilvusIndex):
+                # nobody else writes: this is what the last row was read with
+                last = int(ids[-1])
+                index.stamp = Stamp(stamp.uid, self._catalog.written(last, view) - 1, last)
+                index.save(self.path(view))
         index.stamp = stamp
 
     def _stamp(self) -> Stamp:
@@ -129,7 +183,7 @@ class Indexes:
     def rebuild(self) -> int:
         """Make all anew from the catalog. Returns the number of vectors."""
         for view in self._catalog.views:
-            self._build(view)
+            self._build(view, anew=True)
         return sum(self._loaded[view].ntotal for view in self._catalog.views)
 
     def _bring_up(self, view: str) -> None:
@@ -141,16 +195,29 @@ class Indexes:
         index.save(self.path(view))
 
     def _worth_keeping(self, index: Index, view: str) -> bool:
-        if not self._fits(index.kind, view):
+        if not self._fits(index.kind, view, index.recipe.store if isinstance(index, MilvusIndex) else ""):
             return False
         if not isinstance(index, MappedIndex):
             return True
         return not index.worn and self._catalog.changes(index.stamp.state, view, index.ntotal + 1) <= index.ntotal
 
-    def _build(self, view: str) -> None:
-        index = self.made(self.recipe(view)[0], view)
+    def _build(self, view: str, anew: bool = False) -> None:
+        recipe = self.recipe(view)[0]
+        if recipe.kind == "milvus":
+            source, dim = CatalogSource(self._catalog, view), self._catalog.dim or 1
+            index: Index = MilvusIndex.claim(recipe, file_name("", view, ""), self._stamp(), dim, source, anew)
+            self._catch_up(index, view, _AT_ONCE)
+        else:
+            index = self.made(recipe, view)
         index.save(self.path(view))
         self._loaded[view] = index
+
+    def _load(self, view: str) -> Index:
+        """The index that the view's file holds, or tells of. Raises IndexDamaged, StoreError."""
+        path = self.path(view)
+        if read_facts(path)["kind"] == "milvus":
+            return MilvusIndex.load(path, CatalogSource(self._catalog, view), file_name("", view, ""))
+        return load(path)
 
     def made(self, recipe: Recipe, view: str = VIEW) -> Index:
         """An index of all that the catalog holds in `view`, which is not saved yet."""
@@ -187,15 +254,18 @@ class Indexes:
 
     def _due(self, view: str) -> bool:
         facts = self._facts(view)
-        if facts is None or facts["uid"] != self._catalog.uid or not self._fits(facts["kind"], view):
+        if facts is None or facts["uid"] != self._catalog.uid:
+            return True
+        if not self._fits(facts["kind"], view, facts.get("recipe", {}).get("store", "")):
             return True
         if facts["state"] == self._catalog.state:
             return False
         newer = facts.get("newer")
         return newer is None or self._catalog.changes(facts["state"], view, newer + 1) > newer
 
-    def _fits(self, kind: str, view: str) -> bool:
-        return _KINDS.get(kind, kind) == self.recipe(view)[0].kind
+    def _fits(self, kind: str, view: str, store: str) -> bool:
+        recipe = self.recipe(view)[0]
+        return (_KINDS.get(kind, kind), store) == (recipe.kind, recipe.store)
 
     def _facts(self, view: str) -> dict[str, Any] | None:
         try:
@@ -211,7 +281,7 @@ class Indexes:
 
     def _problems(self, view: str) -> Iterator[str]:
         try:
-            index = load(self.path(view))
+            index = self._load(view)
         except IndexDamaged as error:
             if any(self._catalog.count().values()):
                 yield str(error)

@@ -23,18 +23,24 @@ def search(index: Index, catalog: Catalog, xq: np.ndarray, k: int, where: Filter
     if k < 1:
         return np.empty(0, np.float32), np.empty(0, np.int64)
     n, plan = index.ntotal, None
+    most = min(n, index.most)
     if where == EVERYTHING:
-        width = min(k + 8, n)
+        width = min(k + 8, most)
     else:
+        found = index.search_where(xq[None], max(k, min(k + 8, most)), where)
+        if found is not None:
+            D, I = (each[0] for each in found)  # noqa: E741
+            there = np.isin(I, catalog.passing(I, where))
+            return D[there][:k], I[there][:k]
         share = _share(index, catalog, where)
-        width = min(math.ceil(_AMPLE * k / share) + 8, n) if share else n
+        width = min(math.ceil(_AMPLE * k / share) + 8, most) if share else most
         if _CHECK * width >= share * n:
             plan = catalog.plan(where)
     if plan is None or _CHECK * width < plan.effort:
         # candidates come in order: those that pass are the best that pass
         D, I = (found[0] for found in index.search(xq[None], width))  # noqa: E741
         passes = np.zeros(0, dtype=bool)
-        while len(passes) < width and passes.sum() < k:
+        while len(passes) < len(I) and passes.sum() < k:
             block = I[len(passes) :][: max(k, width // (2 * _AMPLE))]
             passes = np.append(passes, np.isin(block, catalog.passing(block, where)))
         if passes.sum() >= k or width == n:
@@ -46,6 +52,5 @@ def search(index: Index, catalog: Catalog, xq: np.ndarray, k: int, where: Filter
 
 def _share(index: Index, catalog: Catalog, where: Filter) -> float:
     """The part of the collection that passes, from a sample of it."""
-    ids = index.ids()
-    sample = np.unique(np.random.default_rng(0).choice(ids, min(_SAMPLE, len(ids)), replace=len(ids) > 50 * _SAMPLE))
-    return len(catalog.passing(sample, where)) / len(sample)
+    sample = index.sample(_SAMPLE)
+    return len(catalog.passing(sample, where)) / max(len(sample), 1)

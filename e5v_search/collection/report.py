@@ -25,6 +25,7 @@ class Report:
     seconds: float = 0.0
     completed: int = 0  # items that were there and got a view that they lacked
     warnings: list[str] = field(default_factory=list)
+    behind: str | None = None  # why the index in Milvus has not all of it
 
     @property
     def done(self) -> int:
@@ -32,8 +33,8 @@ class Report:
         return self.added + self.unchanged + self.updated + len(self.failed) + self.completed
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that programs rely on; `completed` and `warnings` are for people."""
-        return {name: value for name, value in asdict(self).items() if name not in ("completed", "warnings")}
+        """The fields that programs rely on; the last three are for people."""
+        return {name: value for name, value in asdict(self).items() if name not in ("completed", "warnings", "behind")}
 
 
 class Stopwatch:

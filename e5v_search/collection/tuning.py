@@ -92,6 +92,10 @@ def tune(
     n, d = catalog.count_vectors(VIEW), catalog.dim
     if n < 2 or d is None:
         raise CollectionNotFound(f"collection {collection.path} holds too little to tune a search; see: e5v-search status")
+    if collection.indexes.store:
+        raise UsageError(
+            "the index is in Milvus, whose parameters a recipe names (docs/cluster.md): try others with rebuild --recipe FILE"
+        )
     k = min(k, n - 1)
     with collection.writing():
         collection.indexes.sync()

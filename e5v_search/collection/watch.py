@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from e5v_search import corpora
 from e5v_search.collection.core import Collection
 from e5v_search.collection.report import Report
-from e5v_search.errors import CollectionBusy, CollectionError, DiskFull
+from e5v_search.errors import CollectionBusy, CollectionError, DiskFull, StoreError
 from e5v_search.media import SUFFIXES, Changes, Signature, signature
 
 SETTLE = 0.5  # seconds that a path must stay as it is before it is looked at
@@ -198,7 +198,7 @@ class Follower:
         start = time.monotonic()
         try:
             self.collection.save_index()
-        except (CollectionBusy, DiskFull):
+        except (CollectionBusy, DiskFull, StoreError):
             self._save_at = start + SAVE_EVERY
         else:
             self._save_at, self._save_seconds = None, time.monotonic() - start

@@ -1,5 +1,6 @@
 """What every index can do, whatever it is made of."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from e5v_search.filters import Filter
 from e5v_search.index.sealed import IndexDamaged
 
 __all__ = ["Found", "Index", "IndexDamaged", "Places", "Stamp", "best", "matrix", "merged"]
@@ -17,10 +19,14 @@ Found = tuple[np.ndarray, np.ndarray]  # D (nq, k) float32 scores, I (nq, k) int
 
 @dataclass(frozen=True)
 class Stamp:
-    """What an index holds: everything that the catalog `uid` held when it had reached `state`."""
+    """What an index holds: everything that the catalog `uid` held when it had reached `state`.
+
+    One that is being filled holds of the state after that the rows of the items up to `item`.
+    """
 
     uid: str
     state: int
+    item: int = -1
 
 
 class Index(ABC):
@@ -31,6 +37,7 @@ class Index(ABC):
     """
 
     stamp: Stamp
+    most = sys.maxsize  # rows that one search can find
 
     @property
     @abstractmethod
@@ -58,6 +65,11 @@ class Index(ABC):
     def ids(self) -> np.ndarray:
         """(ntotal,) int64, in the order of storage; not to be written to."""
 
+    def sample(self, n: int) -> np.ndarray:
+        """Ids (m,) of about n rows, drawn from all."""
+        ids = self.ids()
+        return np.unique(np.random.default_rng(0).choice(ids, min(n, len(ids)), replace=len(ids) > 50 * n))
+
     @abstractmethod
     def vectors(self, ids: np.ndarray) -> np.ndarray:
         """The rows (n, d) float32 of ids (n,). Raises KeyError for one that is not there."""
@@ -69,6 +81,10 @@ class Index(ABC):
         Best first, of equal scores the smaller id first. With fewer than k rows to choose from there are as many columns
         as rows; nothing is padded. A row scores the same whichever way it is found.
         """
+
+    def search_where(self, xq: np.ndarray, k: int, where: Filter) -> Found | None:
+        """As `search`, among the rows of the items that pass; None where the index does not know what the filter asks for."""
+        return None
 
     @abstractmethod
     def save(self, path: Path) -> None:

@@ -1,14 +1,14 @@
 """Which index a collection gets: what a recipe can say, and the choice by size where nobody says anything."""
 
 import os
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from e5v_search.config import load_recipe, parse
 from e5v_search.errors import UsageError
 
-Kind = Literal["exact", "one-bit", "ivf", "hnsw"]
-KINDS: tuple[str, ...] = get_args(Kind)
+Kind = Literal["exact", "one-bit", "ivf", "hnsw", "milvus"]
+KINDS = ("exact", "one-bit", "ivf", "hnsw")  # in files of our own
 
 # numbers (rows times d) up to which a kind is chosen: 20,000 and 1,000,000 rows of 4,096
 EXACT_NUMBERS = 20_000 * 4096
@@ -16,7 +16,7 @@ ONE_BIT_NUMBERS = 1_000_000 * 4096
 _SHRUNK = 0.7  # of a limit: below it the kind for fewer rows is right again; between them what is there stays
 
 _OF_KIND = {
-    "candidates": ("one-bit", "ivf"),
+    "candidates": ("one-bit", "ivf", "milvus"),
     "query_bits": ("one-bit", "ivf"),
     "lists": ("ivf",),
     "probes": ("ivf",),
@@ -24,6 +24,11 @@ _OF_KIND = {
     "ef_build": ("hnsw",),
     "ef": ("hnsw",),
     "newer": ("one-bit", "ivf", "hnsw"),
+    "store": ("milvus",),
+    "index": ("milvus",),
+    "vectors": ("milvus",),
+    "build": ("milvus",),
+    "search": ("milvus",),
 }
 
 
@@ -40,6 +45,11 @@ class Recipe:
     ef_build: int = 80  # rows kept in view while the links of a new one are chosen
     ef: int = 128  # rows kept in view while searching
     newer: int = 4096  # rows newer than the files, at least, which a search takes from the catalog and scans
+    store: str = ""  # where the rows are, see milvus.place
+    index: str = "auto"  # of Milvus' own: AUTOINDEX, or FLAT in milvus-lite
+    vectors: Literal["float32", "float16"] = "float32"  # as Milvus holds them; milvus-lite knows float32 alone
+    build: dict[str, int] = field(default_factory=dict)  # Milvus' parameters of that index
+    search: dict[str, int] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
         """What types cannot say, one line each."""
@@ -58,11 +68,11 @@ class Recipe:
             for name, (least, most) in limits.items()
             if not least <= (value := getattr(self, name)) <= most
         ]
-        default = {field.name: field.default for field in fields(self)}
+        default = Recipe("exact")
         return found + [
             f"{name}: this is a key of {' and '.join(kinds)}, not of {self.kind}"
             for name, kinds in _OF_KIND.items()
-            if self.kind not in kinds and getattr(self, name) != default[name]
+            if self.kind not in kinds and getattr(self, name) != getattr(default, name)
         ]
 
     def to_json(self) -> dict[str, Any]:
