@@ -176,6 +176,7 @@ def test_show(own: Path, folder: Path) -> None:
     assert told["dim"] == 4096
     assert told["words"]["chat"] == WORDINGS["llama3"].chat
     assert (told["pooling"], told["normalised"], told["here"]) == ("last token", True, False)
+    assert told["takes"] == ["4bit", "8bit", "adapter", "instruction", "int8", "fp8", "tiles"]
     assert told["memory_gib"] == {"16bit": 14.6, "4bit": 4.9}
     text = run("models", "show", "royokong/e5-v").stdout
     assert "\\n\\n \\n" in text

@@ -270,6 +270,19 @@ def test_missing_weights_are_named(copy: Callable[[str], Path]) -> None:
         Embedder.load(str(folder))
 
 
+def test_code_of_a_models_author_is_not_run(kind: str, copy: Callable[[str], Path], ours: TwoTowers) -> None:
+    folder = copy(kind)
+    (folder / "evil.py").write_text("raise SystemExit('run')")
+    config = json.loads((folder / "config.json").read_text())
+    auto = {name: f"evil.{name}" for name in ("AutoModel", "AutoConfig", "AutoProcessor", "AutoTokenizer")}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto}))
+    x = Embedder.load(str(folder), device="cpu", dtype="float32").embed_texts(towers.TEXTS)
+    np.testing.assert_array_equal(x, ours.embed_texts(towers.TEXTS))
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto, "model_type": "evil"}))
+    with pytest.raises(ModelError, match=r"holds a 'evil' model; supported: .*code of its author.* is not run"):
+        Embedder.load(str(folder), device="cpu")
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json", "config.json"])
 def test_missing_files_are_named(name: str, copy: Callable[[str], Path]) -> None:
     folder = copy("siglip")

@@ -252,8 +252,8 @@ def test_missing_files_are_named(name: str, kind: str, copy: Callable[[str], Pat
         Embedder.load(str(folder), device="cpu")
 
 
-def test_code_of_a_models_author_is_not_run(copy: Callable[[str], Path]) -> None:
-    folder = copy("qwen2_vl")
+def test_code_of_a_models_author_is_not_run(kind: str, copy: Callable[[str], Path]) -> None:
+    folder = copy(kind)
     (folder / "evil.py").write_text("raise SystemExit('run')")
     config = json.loads((folder / "config.json").read_text())
     auto = {"AutoModel": "evil.Model", "AutoConfig": "evil.Config"}

@@ -166,7 +166,8 @@ def describe(model: str) -> dict[str, Any]:
 
 
 def _family_facts(name: str) -> dict[str, Any]:
-    return {"models_of_it": FAMILIES[name].what, "pooling": FAMILIES[name].pooling, "normalised": True}
+    family = FAMILIES[name]
+    return {"models_of_it": family.what, "pooling": family.pooling, "normalised": True, "takes": list(family.takes)}
 
 
 def _is_here(known: Known) -> bool:
