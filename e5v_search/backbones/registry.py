@@ -10,7 +10,7 @@ from typing import Any
 
 from e5v_search.backbones import Embedder, adapters
 from e5v_search.backbones.adapters import Adapter, read_adapter
-from e5v_search.backbones.checkpoint import digest, modules, read_json, weights
+from e5v_search.backbones.checkpoint import MODULES, digest, modules, read_json, weights
 from e5v_search.backbones.known import FAMILIES, SENTENCE_TRANSFORMERS, Known, known_models
 from e5v_search.errors import IncompleteCheckpoint, ModelError, UnknownModel, UsageError
 from e5v_search.prompts import Wording
@@ -18,6 +18,7 @@ from e5v_search.prompts import Wording
 TINY = "e5v-tiny"
 E5V = "royokong/e5-v"
 BUNDLED = Path(__file__).parent.parent / "bundled"
+_SETTINGS = ["config.json", "*/config.json", MODULES]  # that tell which family a model is of
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -100,7 +101,7 @@ def _found(model: str, known: list[str], revision: str | None = None) -> Source:
         raise UnknownModel(f"no folder {model}: give an existing model folder or one of {', '.join(known)}")
     if HUB_ID.fullmatch(model):
         name, _, asked = model.partition("@")
-        return _from_hub(name, asked or revision, known, weights)
+        return _from_hub(name, asked or revision, known, weights, family_name)
     raise UnknownModel(f"unknown model {model!r}; known: {', '.join(known)}, any hub id owner/name, or a model folder")
 
 
@@ -186,7 +187,14 @@ def _is_here(known: Known) -> bool:
         return False
 
 
-def _from_hub(name: str, revision: str | None, known: list[str], check: Callable[[Path], object]) -> Source:
+def _from_hub(
+    name: str,
+    revision: str | None,
+    known: list[str],
+    check: Callable[[Path], object],
+    first: Callable[[Source], object] | None = None,
+) -> Source:
+    """`check` raises IncompleteCheckpoint for a folder that is not whole, `first` whatever can be known from its settings."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -199,6 +207,9 @@ def _from_hub(name: str, revision: str | None, known: list[str], check: Callable
     except (LocalEntryNotFoundError, IncompleteCheckpoint):
         pass
     try:
+        if first is not None:  # what will be refused need not be fetched
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=_SETTINGS))
+            first(Source(name, folder.name, folder))
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except RepositoryNotFoundError:
         others = f"; known: {', '.join(known)}" if known else ""
