@@ -29,7 +29,7 @@ from e5v_search import Collection
 from e5v_search.collection.importing import import_folder
 from e5v_search.collection.vectors import search_vectors
 from e5v_search.index import MappedIndex, Recipe, Stamp, build, load
-from e5v_search.index.recipe import KINDS
+from e5v_search.index.recipe import KINDS, NAMED
 
 NQ = 256
 BLOCK = 4096
@@ -105,7 +105,7 @@ def plain(kind: str, index: Any, xb: np.ndarray) -> Callable[[np.ndarray], Any]:
     n, d = xb.shape
     half = faiss.IndexScalarQuantizer(d, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
     half.add_sa_codes(np.ascontiguousarray(xb).view(np.uint8))
-    if kind == "exact":
+    if kind in ("exact", "gpu"):
         return lambda x: half.search(x, 10)
     recipe, head = index.recipe, np.frombuffer(index._scan.head, np.uint8)
     if kind == "hnsw":
@@ -245,7 +245,7 @@ def table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", default=["10000x4096", "100000x4096"])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=NAMED)
     parser.add_argument("--collection")
     parser.add_argument("--folder", type=Path, help="where there is room for the vectors; else the system's temporary folder")
     parser.add_argument("--without-faiss", action="store_true", help="ours alone, in the memory that it takes alone")

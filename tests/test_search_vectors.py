@@ -13,7 +13,7 @@ from e5v_search.collection.tuning import Point, Target, _best, tune
 from e5v_search.collection.vectors import search_vectors
 from e5v_search.errors import CollectionBusy, CollectionNotFound, QueryError, UsageError
 from e5v_search.index import KINDS, Recipe, read_recipe
-from e5v_search.index.recipe import read_bytes
+from e5v_search.index.recipe import NAMED, read_bytes
 
 N, D = 3000, 64
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def brute_force(xq: np.ndarray, k: int, of: np.ndarray) -> tuple[np.ndarray, np.
     return np.take_along_axis(scores, order, axis=1), 3 * of[order] + 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMED)
 def test_each_row_finds_its_nearest(place: Path, kind: str) -> None:
     xq = clustered(130, 2)
     with Collection.open(place) as c:
@@ -115,7 +115,7 @@ def test_from_the_command_line(place: Path, tmp_path: Path) -> None:
 # recipes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMED)
 def test_recipes_of_the_folder_are_the_defaults(kind: str) -> None:
     assert read_recipe(str(ROOT / f"indexes/{kind}.toml")) == read_recipe(kind) == Recipe(kind)  # type: ignore[arg-type]
 
@@ -128,7 +128,7 @@ def test_all_that_is_wrong_with_a_recipe_is_said(tmp_path: Path) -> None:
     path.write_text('kind = "flat"\nspeed = 1\n')
     with pytest.raises(UsageError, match=r"speed: unknown key .*'flat' is not one of 'exact'"):
         read_recipe(str(path))
-    with pytest.raises(UsageError, match="neither a file nor one of: exact, one-bit, ivf, hnsw"):
+    with pytest.raises(UsageError, match="neither a file nor one of: exact, one-bit, ivf, hnsw, gpu"):
         read_recipe("two-bit")
 
 

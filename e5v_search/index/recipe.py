@@ -7,8 +7,9 @@ from typing import Any, Literal
 from e5v_search.config import load_recipe, parse
 from e5v_search.errors import UsageError
 
-Kind = Literal["exact", "one-bit", "ivf", "hnsw", "milvus"]
-KINDS = ("exact", "one-bit", "ivf", "hnsw")  # in files of our own
+Kind = Literal["exact", "one-bit", "ivf", "hnsw", "gpu", "milvus"]
+KINDS = ("exact", "one-bit", "ivf", "hnsw")  # that a processor searches
+NAMED = (*KINDS, "gpu")  # that need nothing but their name
 
 # numbers (rows times d) up to which a kind is chosen: 20,000 and 1,000,000 rows of 4,096
 EXACT_NUMBERS = 20_000 * 4096
@@ -23,7 +24,7 @@ _OF_KIND = {
     "links": ("hnsw",),
     "ef_build": ("hnsw",),
     "ef": ("hnsw",),
-    "newer": ("one-bit", "ivf", "hnsw"),
+    "newer": ("one-bit", "ivf", "hnsw", "gpu"),
     "store": ("milvus",),
     "index": ("milvus",),
     "vectors": ("milvus",),
@@ -97,13 +98,15 @@ def resident_bytes(recipe: Recipe, n: int, d: int) -> int:
         return 2 * d * n + ids
     if recipe.kind == "hnsw":
         return ids + n * (8 * recipe.links + 16) + 2 * d * n  # it walks over the rows themselves
+    if recipe.kind == "gpu":
+        return ids
     centres = 4 * d * (recipe.lists or lists_for(n)) if recipe.kind == "ivf" else 0
     return ids + codes_bytes(n, d) + centres
 
 
 def read_bytes(recipe: Recipe, n: int, d: int) -> int:
     """About how many bytes of codes and rows one search reads."""
-    if recipe.kind == "exact":
+    if recipe.kind in ("exact", "gpu"):
         return 2 * d * n
     if recipe.kind == "hnsw":
         return 2 * d * min(recipe.ef, n)
@@ -143,8 +146,8 @@ def by_size(n: int, d: int, memory: int, used: str | None = None) -> tuple[Recip
 
 def read_recipe(given: str) -> Recipe:
     """The recipe of a kind's name, as the program has it, or of a TOML file. Raises UsageError with all that is wrong."""
-    if given in KINDS:
+    if given in NAMED:
         return parse(Recipe, {"kind": given}, given)
     if not os.path.exists(given):
-        raise UsageError(f"{given} is neither a file nor one of: {', '.join(KINDS)}")
+        raise UsageError(f"{given} is neither a file nor one of: {', '.join(NAMED)}")
     return load_recipe(Recipe, given)
