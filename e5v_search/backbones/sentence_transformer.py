@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from e5v_search.backbones import checkpoint, library, registry
+from e5v_search.backbones.adapters import CONFIG as ADAPTER
 from e5v_search.backbones.batches import TEXTS, WINDOW, Batches, unit
 from e5v_search.backbones.tiles import Size
 from e5v_search.backbones.words import Wordless
@@ -214,6 +215,8 @@ def check(folder: Path) -> None:
     for module in checkpoint.modules(folder):
         if not str(module.get("type")).startswith(_OWN):
             raise ModelError(f"{folder} needs code of its author ({module.get('type')}), which is not run")
+    if next(folder.rglob(ADAPTER), None) is not None:
+        raise ModelError(f"{folder} holds an adapter to a model that is elsewhere: save the two merged, and give that folder")
     settings = folder / "config_sentence_transformers.json"
     kind = checkpoint.read_json(settings).get("model_type", "SentenceTransformer") if settings.exists() else None
     if kind not in (None, "SentenceTransformer"):
