@@ -12,7 +12,7 @@ class MilvusServer:
     """Serves what is in `folder`; may be killed and started again at the same address."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
@@ -20,7 +20,7 @@ class MilvusServer:
 
     def start(self) -> None:
         command = [sys.executable, "-c", "from milvus_lite.cmdline import main; main()", "server", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--data-dir", str(self._folder)]
+        command += ["--port", str(self.port), "--data-dir", str(self.folder)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def wait(self) -> "MilvusServer":

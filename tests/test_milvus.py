@@ -56,7 +56,7 @@ def lite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
-    process = MilvusServer(tmp_path_factory.mktemp("server"))
+    process = MilvusServer(tmp_path_factory.mktemp("server") / "served.db")
     yield process
     process.kill()
 
@@ -535,6 +535,22 @@ def test_what_is_not_as_it_should_be_is_found_and_made_anew(place: Path, lite: P
     with Collection.open(place) as c:
         assert len(next(iter(search_vectors(c, rows(1, 5), k=5)))) == 5
         assert c.verify() == []
+
+
+def test_a_file_that_another_process_has_open_is_refused(place: Path, service: MilvusServer) -> None:
+    service.wait()
+    said = refused(3, "rebuild", "-c", place, "--store", f"milvus:{service.folder}/x")
+    assert "milvus-lite lets one process in at a time" in said
+    assert "flat-fp16" in run("status", "-c", place).stdout
+
+
+def test_a_server_that_forgot_what_was_loaded_is_told(place: Path, lite: Path) -> None:
+    run("rebuild", "-c", place, "--store", f"milvus:{lite}/loaded")
+    with Collection.open(place) as c:
+        index = c.indexes.current()
+        assert isinstance(index, MilvusIndex)
+        index._server._client.call(lambda each: each.release_collection("loaded"))
+        assert len(next(iter(search_vectors(c, rows(1, 5), k=5)))) == 5
 
 
 def test_others_collections_are_left_alone(place: Path, lite: Path, monkeypatch: pytest.MonkeyPatch) -> None:

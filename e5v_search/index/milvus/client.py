@@ -15,6 +15,7 @@ from e5v_search.index.milvus.place import Place
 TOKEN = "MILVUS_TOKEN"  # in the environment: USER:PASSWORD, or an API key
 CONNECTING = 10.0  # seconds, for all that does not change anything
 PATIENCE = 60.0  # seconds for which rows are sent again when the server is away, as while it starts anew
+LOADING = 600.0  # seconds for which a server may bring a collection into its memory, and build its index
 _NOT_LOADED = 101
 _LONGEST_WAIT = 5.0  # seconds between two attempts
 # else gRPC itself waits up to two minutes, for all connections of the process, after a server has been away
@@ -39,21 +40,25 @@ class Client:
         import grpc
 
         until, wait = time.monotonic() + (CONNECTING if patience is None else patience), 0.1
+        loaded = True
         while True:
             client = self._client
             try:
                 if client is None:
                     client = self._connected()
+                if not loaded:
+                    client.load_collection(self._collection, timeout=LOADING)
                 return ask(client)
-            # a connection that was given up, by another thread say, is a ValueError
             except (self.milvus.MilvusException, grpc.RpcError, ValueError) as error:
+                closed = isinstance(error, ValueError)  # as another thread may have found the server away
+                if closed and "closed channel" not in str(error):
+                    raise
                 code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
-                away = code in (grpc.StatusCode.UNAVAILABLE, self.milvus.Status.CONNECT_FAILED) or isinstance(error, ValueError)
-                if code == _NOT_LOADED and client is not None:  # a server that was started anew may have to be told
-                    client.load_collection(self._collection, timeout=PATIENCE)
-                elif not away or time.monotonic() + wait > until:
+                away = closed or code in (grpc.StatusCode.UNAVAILABLE, self.milvus.Status.CONNECT_FAILED)
+                if not (away or code == _NOT_LOADED) or time.monotonic() + wait > until:
                     raise self._error(error) from error
-                elif self._client is client:
+                loaded = code != _NOT_LOADED  # a server that was started anew may have to be told
+                if away and self._client is client:
                     self._client = None
             time.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from e5v_search.index.milvus import fields
-from e5v_search.index.milvus.client import CONNECTING, PATIENCE, Client
+from e5v_search.index.milvus.client import CONNECTING, LOADING, PATIENCE, Client
 from e5v_search.index.milvus.place import Place
 from e5v_search.index.recipe import Recipe
 
 MOST = 16_384  # rows that Milvus gives for a query
 MESSAGE = 8 << 20  # bytes; a server takes 64 MB
-LOADING = 600.0  # seconds
 _IN_FLIGHT = 4  # messages
 _IDS = 10_000  # of one expression
 _VECTOR = "vector"
