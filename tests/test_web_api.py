@@ -365,6 +365,44 @@ def test_an_index_run_is_started_and_told(own: Path, tmp_path: Path) -> None:
         events.close()
 
 
+def test_the_model_does_one_thing_at_a_time(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_photos(tmp_path / "more", 2)
+    run("index", tmp_path / "more", "-c", own, "--quiet")
+    write_photos(tmp_path / "more", 8)
+    with serving(own, allow_index=True) as served:
+        assert served.get("/api/search", q="a cat").status == 200
+        embedder = served.server.service.engine._embedder
+        inside, most, called = [0], [0], []
+
+        def alone(name: str, real: Any) -> Any:
+            def call(*args: Any, **options: Any) -> Any:
+                called.append(name)
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                try:
+                    return real(*args, **options)
+                finally:
+                    inside[0] -= 1
+
+            return call
+
+        for name in ("embed_texts", "embed_images", "embed_prepared", "embed_views"):
+            monkeypatch.setattr(embedder, name, alone(name, getattr(type(embedder), name).__get__(embedder)))
+        assert served.ask("POST", "/api/index").status == 202
+        asking = [
+            threading.Thread(target=served.get, args=("/api/search",), kwargs={"q": f"a photo of number {n}"}) for n in range(8)
+        ]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join()
+        wait_for(lambda: not served.get("/api/index").json["running"])
+        assert served.get("/api/index").json["added"] == 6
+        assert "embed_texts" in called
+        assert len(set(called)) > 1  # questions and photos
+        assert most == [1]
+
+
 def listen(served: Served) -> Iterator[Any]:
     connection = http.client.HTTPConnection(served.host, timeout=60)
     connection.request("GET", "/api/events")

@@ -11,7 +11,7 @@ import numpy as np
 from e5v_search.catalog.records import KINDS
 from e5v_search.catalog.where import FOLDER
 from e5v_search.filters import quoted
-from e5v_search.filters.geo import RADIUS
+from e5v_search.filters.geo import RADIUS, box
 
 _MOST = 300  # values of one fact that are told
 _CELLS = 4  # per degree: places within a quarter of a degree are one
@@ -103,11 +103,15 @@ class Overview:
         cells, cell = np.unique(np.floor(np.stack([lat, lon]) * _CELLS), axis=1, return_inverse=True)
         n = np.bincount(cell, minlength=cells.shape[1])
         means = np.stack([np.bincount(cell, values, minlength=len(n)) / n for values in (lat, lon)]).round(5)
-        reach = np.degrees(_REACH / _EARTH) + 1e-6
         found = []
         for y, x in means[:, np.argsort(-n, kind="stable")[:_MOST]].T.tolist():
-            band = slice(*np.searchsorted(lat, [y - reach, y + reach]))
-            found.append((y, x, known[band][_kilometres(y, x, lat[band], lon[band]) <= _REACH]))
+            (south, north), spans = box(y, x, _REACH * 1000)
+            first, last = np.searchsorted(lat, south), np.searchsorted(lat, north, side="right")
+            inside = np.zeros(last - first, bool)
+            for west, east in spans:
+                inside |= (lon[first:last] >= west) & (lon[first:last] <= east)
+            near = first + np.flatnonzero(inside)
+            found.append((y, x, known[near[_kilometres(y, x, lat[near], lon[near]) <= _REACH]].astype(np.int32)))
         return found
 
 

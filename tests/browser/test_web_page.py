@@ -52,6 +52,12 @@ RATIOS = """() => {
         const [a, b] = [light(ink), light(under)].sort((x, y) => y - x);
         found.push([(a + .05) / (b + .05), walker.currentNode.data.trim().slice(0, 40)]);
     }
+    for (const each of document.querySelectorAll("input[placeholder]")) {
+        if (!each.checkVisibility()) continue;
+        const under = behind(each, null), ink = over(parsed(getComputedStyle(each, "::placeholder").color), under);
+        const [a, b] = [light(ink), light(under)].sort((x, y) => y - x);
+        found.push([(a + .05) / (b + .05), each.placeholder]);
+    }
     return found;
 }"""
 ROWS_ARE_FULL = """() => {
@@ -581,6 +587,11 @@ def test_where_a_photo_lies_on_the_map(page: Any) -> None:
     expect(page.locator("#look h2")).to_have_text("coffee.jpg")
     page.keyboard.press("Escape")
     expect(page.locator("#map")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#look")).to_be_visible()
+    page.keyboard.press("g")
+    expect(page.locator("#look")).to_be_hidden()
+    expect(page.locator("#map-card")).to_be_visible()
 
 
 def test_the_map_zooms(browser: Any, served: Served) -> None:

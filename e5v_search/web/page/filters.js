@@ -40,7 +40,8 @@ export class Filters {
     this.state = state;
     if (this.panel.hidden) return;
     const key = JSON.stringify(where(state));
-    if (key === this.asked && !anew) return;
+    const typing = document.activeElement.type === "date"; // a half of a date would be lost
+    if (key === this.asked && (!anew || typing)) return;
     this.asked = key;
     // each fact is counted as if nothing of it were chosen: so many there will be when one more of its values is
     const names = Object.keys(NAMES).filter((name) => where(state).length > where(state, NAMES[name]).length);

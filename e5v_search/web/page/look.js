@@ -117,12 +117,13 @@ export class Look {
 
   #key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || !this.item) return;
-    const { more, change, less } = this.actions;
+    const { more, change, less, locate } = this.actions;
     if (event.key === "ArrowRight") this.#turn(1);
     else if (event.key === "ArrowLeft") this.#turn(-1);
     else if (event.key === "m") more(this.item);
     else if (event.key === "c" && this.item.kind !== "text") change(this.item);
     else if (event.key === "l") less(this.item);
+    else if (event.key === "g") locate(this.item);
     else return;
     event.preventDefault();
   }

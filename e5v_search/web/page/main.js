@@ -317,7 +317,7 @@ for (const dialog of document.querySelectorAll("dialog")) {
 }
 
 addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
   if (event.target.matches("input:not([type=range],[type=checkbox]), textarea")) {
     if (event.key === "Escape") event.target.blur();
     else if (event.key === "ArrowDown" && event.target === $("query")) grid.focus();
@@ -334,7 +334,7 @@ addEventListener("keydown", (event) => {
   else if (event.key === "s") status.open();
   else if (event.key === "?") $("help").showModal();
   else if (event.key === "Escape" && state.view === "map") map.leave() || to({ view: "" });
-  else if (event.key.startsWith("Arrow") && !event.defaultPrevented && state.view !== "map" && [document.body, $("results")].includes(event.target)) grid.focus();
+  else if (event.key.startsWith("Arrow") && state.view !== "map" && [document.body, $("results")].includes(event.target)) grid.focus();
   else return;
   event.preventDefault();
 });

@@ -82,7 +82,9 @@ export class MapView {
     this.kindOf = new Uint8Array(numbers(found.kinds));
     this.of = found.of;
     this.#label();
+    const view = this.map.n ? { ...this.map.view } : {};
     this.map.points(new Float32Array(numbers(found.xy)), this.kindOf, KINDS);
+    Object.assign(this.map.view, view); // who looks at a part goes on with it
     this.#card();
   }
 
@@ -135,7 +137,8 @@ export class MapView {
     if (held) $("map").focus();
     told.replaceChildren(plural(found.length, "item"), found.length > SHOWN ? `, ${SHOWN} of them shown` : "",
       h("button", { type: "button", className: "icon", "aria-label": "Close the selection", onclick: () => this.#select([]) }, "✕"));
-    list.replaceChildren(...found.slice(0, SHOWN).map((i) => h("li", {}, h("button", { type: "button", "aria-label": `Item ${this.ids[i]}`, onclick: () => this.go.open({ id: this.ids[i] }) },
-      this.kindOf[i] === 1 ? h("i", {}, "¶") : h("img", { src: thumbnail(this.ids[i], 256), alt: "", loading: "lazy" })))));
+    const shown = found.slice(0, SHOWN).map((i) => ({ id: this.ids[i], isText: this.kindOf[i] === 1 }));
+    list.replaceChildren(...shown.map(({ id, isText }) => h("li", {}, h("button", { type: "button", "aria-label": `Item ${id}`, onclick: () => this.go.open({ id }) },
+      isText ? h("i", {}, "¶") : h("img", { src: thumbnail(id, 256), alt: "", loading: "lazy" })))));
   }
 }
