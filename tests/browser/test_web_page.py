@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import run, write_photos
-from serving import EVIL, SLOW, TEXT, Served, serving
+from serving import EVIL, SLOW, TEXT, Served, serving, wait_for
 
 from e5v_search.catalog import Put
 from e5v_search.collection import Collection
@@ -69,6 +70,10 @@ ROWS_ARE_FULL = """() => {
     const wide = (row) => Math.abs(Math.max(...row.map((box) => box.right)) - right) < 1.5;
     const full = (row) => wide(row) && row.every((box) => box.height === row[0].height);
     return rows.size > 1 && list.clientWidth < innerWidth && [...rows.values()].slice(0, -1).every(full);
+}"""
+SEEN = """(state) => {
+    Object.defineProperty(document, "visibilityState", { value: state, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
 }"""
 INKED = """() => {
     const map = document.getElementById("map");
@@ -399,17 +404,29 @@ def test_the_collection_its_failures_and_a_run(browser: Any, gallery: Path, tmp_
         expect(status.locator("#failed li")).to_have_count(1)
         expect(status.locator("#failed")).to_contain_text("truncated")
         write_photos(tmp_path / "more", 4)
-        with served.server.service.engine.turns.take(urgent=True):  # the run waits for the model
-            status.get_by_role("button", name="Look for new photos").press("Enter")
-            progress = status.get_by_role("progressbar")
-            expect(progress).to_have_attribute("max", re.compile(r"^1\d$"))
-            expect(status.locator("#run [role=status]")).to_have_text(re.compile(r"^\d+ of 1\d"))
-            expect(page.locator("#busy")).to_be_visible()
-            expect(status.get_by_role("button", name="Close")).to_be_focused()  # where there was a button to start
-            assert progress.evaluate("e => e.value < e.max")
+        runs, seen = served.server.service.runs, threading.Event()
+        told = runs._told
+
+        def held(report: Any, total: int) -> None:
+            told(report, total)
+            assert total == 0 or seen.wait(SLOW / 1000)
+
+        runs._told = held  # type: ignore[method-assign]
+        status.get_by_role("button", name="Look for new photos").press("Enter")
+        expect(status.locator("#run [role=status]")).to_have_text(re.compile(r"^\d+ of \d+"))
+        assert status.get_by_role("progressbar").evaluate("e => e.max === Number(e.nextSibling.innerText.split(' of ')[1])")
+        expect(page.locator("#busy")).to_be_visible()
+        expect(status.get_by_role("button", name="Close")).to_be_focused()  # where there was a button to start
+        seen.set()
         expect(status.locator("#run")).to_contain_text("3 added")
         page.keyboard.press("Escape")
         expect(page.locator("#count")).to_have_text("18 items, newest first")  # without a reload
+        page.evaluate(SEEN, "hidden")  # it takes no connection from other windows then
+        wait_for(lambda: len(served.server.service.listeners) == 0)
+        write_photos(tmp_path / "more", 5)
+        run("index", tmp_path / "more", "-c", tmp_path / "c", "--quiet")
+        page.evaluate(SEEN, "visible")
+        expect(page.locator("#count")).to_have_text("19 items, newest first")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

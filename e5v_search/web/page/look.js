@@ -8,11 +8,11 @@ export class Look {
     this.dialog = dialog;
     this.actions = actions; // more, change, less, locate: with an item; close: with an id; items: those that the grid shows
     this.id = "";
-    dialog.addEventListener("close", () => {
-      const { id } = this;
-      this.id = "";
-      if (id) actions.close(id);
+    dialog.addEventListener("cancel", (event) => {
+      event.preventDefault(); // "close" comes later, when another may be open already
+      this.#leave();
     });
+    dialog.addEventListener("close", () => { if (!dialog.open) this.#leave(); });
     dialog.addEventListener("keydown", (event) => this.#key(event));
   }
 
@@ -35,6 +35,13 @@ export class Look {
     }
   }
 
+  #leave() {
+    const { id } = this;
+    this.id = "";
+    this.dialog.close();
+    if (id) this.actions.close(id);
+  }
+
   #draw(item, facts) {
     const { more, change, less, locate } = this.actions;
     const name = named(item);
@@ -48,7 +55,7 @@ export class Look {
         before ? plain("before", "Previous", ICONS.left, () => this.#turn(-1)) : null,
         after ? plain("after", "Next", ICONS.right, () => this.#turn(1)) : null),
       h("div", { className: "known" },
-        h("header", {}, h("h2", {}, item.kind === "image" ? name : item.kind === "text" ? "Text" : "Rendered text"), plain("close", "Close (Esc)", ICONS.close, () => this.dialog.close())),
+        h("header", {}, h("h2", {}, item.kind === "image" ? name : item.kind === "text" ? "Text" : "Rendered text"), plain("close", "Close (Esc)", ICONS.close, () => this.#leave())),
         h("div", { className: "does" },
           act("more", "More like this", ICONS.more, more),
           item.kind === "text" ? null : act("change", "Change this…", ICONS.change, change),

@@ -7,24 +7,33 @@ export class Status {
   constructor(dialog, { changed }) {
     this.dialog = dialog;
     this.changed = changed;
-    this.run = null;
+    this.source = this.run = null;
     this.version = "";
   }
 
-  // hears of changes from the service as long as the page is open
+  // hears of changes from the service while the page is seen: a browser has six connections for all its windows
   listen() {
-    const source = new EventSource("/api/events");
-    source.addEventListener("message", (event) => {
+    const seen = () => {
+      this.source?.close();
+      if (document.visibilityState === "visible") this.#hear();
+    };
+    document.addEventListener("visibilitychange", seen);
+    addEventListener("pagehide", () => this.source?.close());
+    addEventListener("pageshow", (event) => { if (event.persisted) seen(); });
+    seen();
+  }
+
+  #hear() {
+    this.source = new EventSource("/api/events");
+    this.source.addEventListener("message", (event) => {
       const { version, run } = JSON.parse(event.data);
       const isNew = this.version && version !== this.version;
       this.version = version;
       this.run = run;
       $("busy").hidden = !run.running;
       if (this.dialog.open) this.#progress(isNew && !run.running);
-      if (isNew && document.visibilityState === "visible") this.#soon();
+      if (isNew) this.#soon();
     });
-    addEventListener("pagehide", () => source.close());
-    addEventListener("pageshow", (event) => { if (event.persisted) this.listen(); });
   }
 
   #soon() {
