@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from e5v_search.collection.remote import CatalogSource
 from e5v_search.collection.tuning import Target, tune
 from e5v_search.collection.vectors import search_vectors
 from e5v_search.config import load_recipe
-from e5v_search.errors import QueryError, StoreError, UsageError
+from e5v_search.errors import CollectionBusy, QueryError, StoreError, UsageError
 from e5v_search.filters import parse
 from e5v_search.index import FlatIndex, MilvusIndex, Place, Recipe
 from e5v_search.index.milvus import client, held, server
@@ -338,7 +338,7 @@ UPLOAD = """
 import sys
 from e5v_search.catalog import Catalog, catalog as module
 from e5v_search.collection.indexes import Indexes
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from e5v_search.index.milvus.server import Server
 
@@ -362,10 +362,10 @@ def test_killed_while_it_sends_it_goes_on_where_it_was(
         [sys.executable, "-c", UPLOAD, str(catalog.path.parent)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert upload.stdout is not None
-    noted = [json.loads(upload.stdout.readline().split("'")[3]) for _ in range(4)]
+    noted = [json.loads(upload.stdout.readline().split("'")[3]) for _ in range(5)]
     upload.send_signal(signal.SIGKILL)
     assert upload.wait() == -signal.SIGKILL
-    assert [note["item"] for note in noted] == [50, 100, 150, 200]
+    assert [note["item"] for note in noted] == [-1, 50, 100, 150, 200]
     assert {note["state"] for note in noted} == {0}
     # what happens meanwhile is neither lost nor comes back
     catalog.commit(gone=[7, 120, 580])
@@ -436,6 +436,38 @@ def test_a_server_that_stays_away_loses_nothing(tmp_path: Path, service: MilvusS
     assert again.exit_code == 0, again.output
     assert [len(json.loads(line)["hits"]) for line in run(*ask).stdout.splitlines()] == [50, 50]
     assert run("verify", "-c", place).stdout == "no errors\n"
+
+
+def test_who_reads_while_it_is_filled_anew_is_told(catalog: Catalog, lite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def busy() -> Iterator[None]:
+        raise CollectionBusy("process 7 is writing")
+        yield
+
+    monkeypatch.setattr("e5v_search.catalog.catalog.BLOCK", 100)
+    monkeypatch.setattr(MilvusIndex, "newer", 200)
+    catalog.choose_recipe(in_milvus(f"milvus:{lite}/anew"))
+    writer, reader = Indexes(catalog, nobody), Indexes(catalog, busy)
+    writer.sync()
+    assert reader.current().ntotal == N
+    seen = []
+    real = Server.upsert
+
+    def looked_at(self: Server, *args: Any) -> None:
+        with pytest.raises(StoreError, match=r"anew is not filled yet \(process 7 is writing\)"):
+            reader.current()
+        seen.append(len(args[0]))
+        real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "upsert", looked_at)
+        writer.rebuild()
+    assert seen == [100] * 6
+    assert reader.current().ntotal == N
+    # and who reads while others turn to another index goes with them
+    catalog.choose_recipe(None)
+    writer.rebuild()
+    assert reader.current().kind == "flat-fp16"
 
 
 # a collection

@@ -119,6 +119,8 @@ class Indexes:
     def _usable(self, view: str) -> Index | None:
         """The index in memory or, where that is none or far behind, in the file; None if it is not of this catalog."""
         index = self._loaded.get(view)
+        if isinstance(index, MilvusIndex) and self._left(index, view):
+            index = None
         if index is not None and index.stamp.uid == self._catalog.uid and not self._far_behind(index, view):
             return index
         try:
@@ -135,6 +137,13 @@ class Indexes:
             index.search_as(chosen[0])
         self._loaded[view] = index
         return index
+
+    def _left(self, index: MilvusIndex, view: str) -> bool:
+        """Whether another process is filling it anew, or has turned to another index."""
+        facts = self._facts(view)
+        if facts is None or facts["kind"] != index.kind or facts["recipe"]["store"] != index.recipe.store:
+            return True
+        return (facts["uid"], facts["state"], facts["item"]) < (index.there.uid, index.there.state, index.there.item)
 
     def _of_this_catalog(self, index: Index) -> bool:
         known = index.stamp.uid == self._catalog.uid and index.stamp.state <= self._catalog.state
@@ -206,6 +215,7 @@ class Indexes:
         if recipe.kind == "milvus":
             source, dim = CatalogSource(self._catalog, view), self._catalog.dim or 1
             index: Index = MilvusIndex.claim(recipe, file_name("", view, ""), self._stamp(), dim, source, anew)
+            index.save(self.path(view))  # who has it in memory is to know if it was emptied
             self._catch_up(index, view, _AT_ONCE)
         else:
             index = self.made(recipe, view)

@@ -51,7 +51,7 @@ class MilvusIndex(Index):
         self._server = server
         self.recipe = recipe
         self._d = d
-        self.stamp = stamp
+        self.stamp = self.there = stamp  # the latter without what is in memory
         self._source = source
         self._rest()
 
@@ -184,6 +184,7 @@ class MilvusIndex(Index):
             self._server.settle()
         self._rest()
         self._server.note(_note(self.stamp, self.recipe))
+        self.there = self.stamp
         with sealing(path, {"kind": KIND, "d": self._d, "recipe": asdict(self.recipe)} | asdict(self.stamp)):
             pass
         column.remove_files(path)  # those of an index of another kind that was there before
