@@ -44,7 +44,7 @@ from e5v_search.index.milvus import client, held, server
 from e5v_search.index.milvus.fields import expression
 from e5v_search.index.milvus.server import Server
 
-N, D = 600, 24
+N, D = 400, 24
 ROOT = Path(__file__).parent.parent
 
 
@@ -200,7 +200,7 @@ def test_milvus_tells_what_passes_as_the_catalog_does(catalog: Catalog, lite: Pa
 
 def test_answers_are_those_of_faiss(catalog: Catalog, lite: Path) -> None:
     flat = FlatIndex.build(D, catalog.vectors())
-    xq = rows(20, 7).astype(np.float32)
+    xq = rows(8, 7).astype(np.float32)
     some = catalog.select(parse(["facts.stars>=2"]))
     for name, keys in {"flat": {}, "hnsw": {"index": "HNSW", "build": {"M": 16}, "search": {"ef": 500}}}.items():
         catalog.choose_recipe(in_milvus(f"milvus:{lite}/{name}", candidates=60, **keys))
@@ -222,7 +222,7 @@ def test_rows_beyond_what_one_expression_holds(catalog: Catalog, lite: Path, mon
     made = Indexes(catalog, nobody)
     made.sync()
     index, flat = made.current(), FlatIndex.build(D, catalog.vectors())
-    xq, ids = rows(2, 7).astype(np.float32), np.arange(0, 500)
+    xq, ids = rows(2, 7).astype(np.float32), np.arange(0, 350)
     for expected, found in zip(flat.search(xq, 30, ids), index.search(xq, 30, ids), strict=True):
         np.testing.assert_array_equal(found, expected)
     with pytest.raises(QueryError, match="at most 200 items at once, not 201"):
@@ -335,19 +335,21 @@ def test_rows_of_4096_numbers_fit_a_server(tmp_path: Path) -> None:
 
 
 UPLOAD = """
-import sys
+import sys, time
+from contextlib import nullcontext
+from pathlib import Path
 from e5v_search.catalog import Catalog, catalog as module
 from e5v_search.collection.indexes import Indexes
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from e5v_search.index.milvus.server import Server
 
 module.BLOCK = 50
-note = Server.note
-def told(self, properties):
-    note(self, properties)
-    print(properties, flush=True)
-Server.note = told
+upsert = Server.upsert
+def fifth(self, ids, *args):
+    upsert(self, ids, *args)
+    print(ids[0], flush=True)
+    if ids[0] == 201:
+        time.sleep(600)  # Milvus has the rows, but nobody has noted that yet
+Server.upsert = fifth
 with Catalog.open(Path(sys.argv[1])) as catalog:
     Indexes(catalog, nullcontext).sync()
 """
@@ -362,18 +364,16 @@ def test_killed_while_it_sends_it_goes_on_where_it_was(
         [sys.executable, "-c", UPLOAD, str(catalog.path.parent)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert upload.stdout is not None
-    noted = [json.loads(upload.stdout.readline().split("'")[3]) for _ in range(5)]
+    assert [int(upload.stdout.readline()) for _ in range(5)] == [1, 51, 101, 151, 201]
     upload.send_signal(signal.SIGKILL)
     assert upload.wait() == -signal.SIGKILL
-    assert [note["item"] for note in noted] == [-1, 50, 100, 150, 200]
-    assert {note["state"] for note in noted} == {0}
     # what happens meanwhile is neither lost nor comes back
-    catalog.commit(gone=[7, 120, 580])
+    catalog.commit(gone=[7, 120, 380])
     sizes = sent(monkeypatch)
     made = Indexes(catalog, nobody)
     made.sync()
     index = made.current()
-    assert N - 300 < sum(n for _, n in sizes) <= N - 200
+    assert sum(n for _, n in sizes) == N - 200 - 1  # of those not noted yet one is gone
     assert index.ntotal == N - 3
     flat, xq = FlatIndex.build(D, catalog.vectors()), rows(5, 9).astype(np.float32)
     for expected, found in zip(flat.search(xq, 50), index.search(xq, 50), strict=True):
@@ -399,7 +399,7 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(
     monkeypatch.setattr(Server, "upsert", dying)
     made = Indexes(catalog, nobody)
     made.sync()
-    assert times["upsert"] == 6
+    assert times["upsert"] == 4
     assert made.current().ntotal == N
     assert list(made.problems()) == []
 
@@ -425,9 +425,11 @@ def test_a_server_that_stays_away_loses_nothing(tmp_path: Path, service: MilvusS
             assert f"{url} does not serve" in report.behind
             index = run("index", "-c", place)
             assert (index.exit_code, "unchanged 50" in index.stdout) == (3, True)
-            assert index.stderr.splitlines()[-1] == f"Error: {report.behind}"
+            assert index.stderr.splitlines()[-1].startswith(f"Error: {url} does not serve (")
             for line in (ask, ("rebuild", "-c", place), ("verify", "-c", place)):
-                assert refused(3, *line) == f"Error: {report.behind}"
+                said = refused(3, *line)
+                assert f"{url} does not serve (" in said
+                assert "the collection itself is whole" in said
             assert "milvus, 50 vectors" in run("status", "-c", place).stdout  # which asks nobody
             assert "50 items" in run("export", "-c", place, "--out", tmp_path / "out").stdout
     service.start()
@@ -462,7 +464,7 @@ def test_who_reads_while_it_is_filled_anew_is_told(catalog: Catalog, lite: Path,
     with monkeypatch.context() as patch:
         patch.setattr(Server, "upsert", looked_at)
         writer.rebuild()
-    assert seen == [100] * 6
+    assert seen == [100] * 4
     assert reader.current().ntotal == N
     # and who reads while others turn to another index goes with them
     catalog.choose_recipe(None)
