@@ -10,8 +10,8 @@ import towers
 
 from e5v_search.backbones.checkpoint import canonical
 from e5v_search.backbones.known import known_models
-from e5v_search.backbones.registry import E5V, TINY, choose, resolve
-from e5v_search.errors import ModelError
+from e5v_search.backbones.registry import E5V, TINY, choose, describe, resolve
+from e5v_search.errors import ModelError, UnknownModel
 
 GIB = 2**30
 
@@ -143,3 +143,18 @@ def test_a_model_is_fetched_once(hub: tuple[Path, list[str]]) -> None:
     assert (source.folder / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert "model.onnx" not in fetched
     assert len(fetched) == len(set(fetched))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("e5-v", "royokong/e5-v"),
+        ("E5-V", "royokong/e5-v"),
+        ("qwen3-vl-embedding-2B", "Qwen/Qwen3-VL-Embedding-2B"),
+        ("e5vtiny", "e5v-tiny"),
+    ],
+)
+def test_a_name_that_is_nearly_right(name: str, meant: str) -> None:
+    for ask in (resolve, describe):
+        with pytest.raises(UnknownModel, match=f"{name}': did you mean {meant}[?] All are listed by: e5v-search models"):
+            ask(name)

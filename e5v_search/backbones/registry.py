@@ -2,8 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,15 @@ def _found(model: str, known: list[str], revision: str | None = None) -> Source:
     if HUB_ID.fullmatch(model):
         name, _, asked = model.partition("@")
         return _from_hub(name, asked or revision, known, weights, family_name)
-    raise UnknownModel(f"unknown model {model!r}; known: {', '.join(known)}, any hub id owner/name, or a model folder")
+    raise UnknownModel(f"unknown model {model!r}{_meant(model, known, 'any hub id owner/name, or a model folder')}")
+
+
+def _meant(model: str, known: Iterable[str], also: str) -> str:
+    """The known model whose name ends so, or nearly; where there is none, all of them."""
+    by_ending = {name.rpartition("/")[2].lower(): name for name in known}
+    if near := get_close_matches(model.lower(), by_ending, 1):
+        return f": did you mean {by_ending[near[0]]}? All are listed by: e5v-search models"
+    return f"; known: {', '.join(by_ending.values())}, {also}"
 
 
 def family(source: Source) -> type[Embedder]:
@@ -154,7 +163,7 @@ def describe(model: str) -> dict[str, Any]:
     models = known_models()
     if model not in models:
         if not Path(model).expanduser().is_dir():
-            raise UnknownModel(f"nothing is known of {model!r}; known: {', '.join(models)}, or a checkpoint folder")
+            raise UnknownModel(f"nothing is known of {model!r}{_meant(model, models, 'or a checkpoint folder')}")
         source = resolve(model)
         of = family_name(source)
         return {"name": model, "family": of, **_family_facts(of), "revision": source.revision, "here": True}
