@@ -14,6 +14,7 @@
     │   ├── IncompleteCheckpoint    a shard, a tensor or a file is missing; the message names it
     │   ├── MissingPackage          the message is the exact pip line that mends it
     │   └── OutOfMemory             one single item does not fit on the device
+    ├── ClusterError                a cluster cannot be reached, or does not see what it should
     ├── ServiceBusy                 more requests than a service can take at once; later it can
     ├── DataError                   a data set to evaluate on is not there, or not as it should be; names file and line
     └── CollectionError
@@ -90,6 +91,10 @@ class MissingPackage(ModelError):
 
 
 class OutOfMemory(ModelError):
+    pass
+
+
+class ClusterError(E5VError):
     pass
 
 

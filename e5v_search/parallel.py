@@ -7,8 +7,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+DECODERS = 8  # threads that prepare for one model; more would wait for the interpreter
+
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ahead(work: Callable[[T], R], items: Iterable[T], workers: int | None = None, depth: int = 64) -> Generator[R, None, None]:
@@ -18,7 +25,7 @@ def ahead(work: Callable[[T], R], items: Iterable[T], workers: int | None = None
     caller's thread. An exception of `work` is raised where its result would have come.
     """
     source = iter(items)
-    pool = ThreadPoolExecutor(workers or min(8, (os.cpu_count() or 1)), thread_name_prefix="ahead")
+    pool = ThreadPoolExecutor(workers or min(DECODERS, cores()), thread_name_prefix="ahead")
     pending: deque[Future[R]] = deque()
     try:
         pending.extend(pool.submit(work, item) for item in islice(source, depth))

@@ -574,10 +574,10 @@ def test_read_only_collection_can_be_searched_and_refuses_to_change(photos: Path
 def test_full_disk_stops_with_a_clear_line_and_keeps_what_was_committed(
     photos: Path, embedder: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from e5v_search.collection import ingest
+    from e5v_search.collection import engine, ingest
 
     monkeypatch.setattr(ingest, "COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr(ingest, "_MAX_BATCH", 8)
+    monkeypatch.setattr(engine, "MAX_BATCH", 8)
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True, check=False).returncode:

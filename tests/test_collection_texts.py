@@ -14,7 +14,7 @@ from command_line import write_photos
 
 from e5v_search import Collection, Embedder, Report
 from e5v_search.backbones.llava_next import LlavaNextEmbedder
-from e5v_search.collection import check_first_run, ingest
+from e5v_search.collection import check_first_run, engine
 from e5v_search.config import ModelChoice
 from e5v_search.errors import UnknownModel, UnreadableFile, UsageError
 from e5v_search.render import render
@@ -217,7 +217,7 @@ def test_any_edit_gives_what_a_new_collection_gives(
     from e5v_search.collection import texts as stage
 
     monkeypatch.setattr(stage, "_LOOKUP", 3)
-    monkeypatch.setattr(ingest, "_MAX_BATCH", 2)
+    monkeypatch.setattr(engine, "MAX_BATCH", 2)
     rng = np.random.default_rng(seed)
     words = [f"word {n}" for n in range(9)]
     known: set[str] = set()
@@ -372,7 +372,7 @@ def test_forgotten_texts_come_back_when_they_are_asked_for(c: Collection, lines:
 def test_an_interrupted_run_keeps_what_is_done(
     c: Collection, lines: Path, embedder: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "_MAX_BATCH", 4)
+    monkeypatch.setattr(engine, "MAX_BATCH", 4)
     rewrite(lines, *(f"text {n}" for n in range(40)))
     done = 0
 

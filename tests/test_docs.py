@@ -88,6 +88,9 @@ def test_commands(page: Path, user: Path) -> None:
             assert f"{hub[1]} is not on this machine" in output
         elif " milvus:" in line and find_spec("milvus_lite") is None:  # it brings faiss-cpu
             assert "pip install" in output
+        elif "--ray" in line:
+            assert code == 3, output
+            assert "nothing answers at 127.0.0.1:6379" in output
         elif re.search(r"-c big\b", line):
             assert code == 3, output
             assert re.search("no collection|is empty", output)

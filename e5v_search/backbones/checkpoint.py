@@ -236,6 +236,11 @@ def free_cuda_bytes() -> int | None:
     return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
 
 
+def all_devices() -> list[str]:
+    """What a machine has to run models on: its CUDA devices, one by one, else what "auto" is."""
+    return [f"cuda:{n}" for n in range(torch.cuda.device_count())] or [str(pick_device("auto"))]
+
+
 def pick_device(device: str) -> torch.device:
     """ "auto": CUDA, else Apple's MPS, else the processor. ModelError for a device that is not there."""
     if device == "auto":

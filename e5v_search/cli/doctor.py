@@ -63,11 +63,11 @@ def _show(finding: Finding) -> None:
 
 def _python() -> Iterator[Finding]:
     from e5v_search import __version__
+    from e5v_search.parallel import cores
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Finding("e5v-search", "ok", f"{__version__}, {Path(__file__).parent.parent}")
     yield Finding("Python", "ok", f"{platform.python_version()}, {sys.executable}")
-    yield Finding("system", "ok", f"{platform.system()} {platform.machine()}, {count(cores, 'core')}")
+    yield Finding("system", "ok", f"{platform.system()} {platform.machine()}, {count(cores(), 'core')}")
 
 
 def _packages() -> Iterator[Finding]:

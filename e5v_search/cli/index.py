@@ -1,7 +1,9 @@
 """`index`: photos and texts into a collection."""
 
 import time
-from contextlib import closing, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,7 @@ from e5v_search.cli.progress import Progress
 from e5v_search.config import ModelChoice
 
 if TYPE_CHECKING:
-    from e5v_search.collection import Report
+    from e5v_search.collection import Collection, Report
 
 
 @click.command(
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
         "e5v-search index captions.txt --kind rendered -c holidays",
         "e5v-search index photos --views retrieval,cirr",
         "e5v-search index photos -c holidays --instruction 'What colour is it, in one word:'",
+        "e5v-search index photos --devices auto",
+        "e5v-search index photos --ray 127.0.0.1:6379 --shards shared-folder",
         "e5v-search index photos --watch",
         "e5v-search index photos -c shared --store milvus:photos.db/shared",
     )
@@ -59,6 +63,22 @@ if TYPE_CHECKING:
 @collection_option
 @model_options
 @store_option
+@click.option(
+    "--devices",
+    metavar="auto|DEVICE,...",
+    help="A worker process on each of these devices, as cuda:0,cuda:1; auto is all there are. In place of --device.",
+)
+@click.option(
+    "--ray",
+    "address",
+    metavar="HOST:PORT|auto|local",
+    help="Embed on a Ray cluster: a worker on each of its GPUs, or each core where it has none. In place of --device.",
+)
+@click.option(
+    "--shards",
+    type=click.Path(path_type=Path),
+    help="With --ray: a folder that all machines share, in which vectors wait for the catalog; it is kept.",
+)
 @click.option("--watch", is_flag=True, help="Go on: bring in whatever happens in the folders, until stopped.")
 @json_option
 @quiet_option
@@ -73,6 +93,9 @@ def index(
     collection: str,
     choice: ModelChoice,
     store: str | None,
+    devices: str | None,
+    address: str | None,
+    shards: Path | None,
     watch: bool,
     as_json: bool,
     quiet: bool,
@@ -88,6 +111,23 @@ def index(
     """
     if kind is not None and not paths:
         raise click.UsageError("--kind says what PATHS are: give some")
+    if sum((devices is not None, address is not None, choice.device != "auto")) > 1:
+        raise click.UsageError("--devices and --ray take the place of --device: give one of them")
+    if shards is not None and address is None:
+        raise click.UsageError("--shards is for --ray")
+    if address is not None and watch:
+        raise click.UsageError("--ray brings in what is there now: leave --watch out")
+    workers = []
+    if devices is not None:
+        from e5v_search.scale import processes
+
+        workers = processes.parse(devices)
+    if len(workers) == 1:  # this process will do
+        choice = replace(choice, device=workers[0])
+    if address is not None:
+        from e5v_search.scale import cluster
+
+        cluster.reach(address)
     from e5v_search.collection import Collection, Follower, canonical, check_first_run
     from e5v_search.errors import StoreError
 
@@ -97,7 +137,8 @@ def index(
     named = [(path, kind or "image") for path in canonical(paths)]
     if named:
         check_first_run(collection, named, wanted, choice, store)
-    with Collection.open(collection, choice, create=bool(named)) as target:
+    with ExitStack() as stack:
+        target = stack.enter_context(Collection.open(collection, choice, create=bool(named)))
         if store is not None:
             target.store_in(store)
         sources = named or target.catalog.roots()
@@ -106,6 +147,10 @@ def index(
         noun = _noun({kind for _, kind in sources})
         follower = Follower(target, sources, lambda line: None if quiet else click.echo(printable(line), err=True), wanted)
         with Progress("Indexing", noun, quiet) as progress:
+            if len(workers) > 1:
+                _employ(target, workers, progress.say, stack)
+            if address is not None:
+                _employ_cluster(target, address, shards, progress.say, stack)
 
             def show(report: "Report", total: int) -> None:
                 progress.update(report.done, total, len(report.failed))
@@ -132,6 +177,28 @@ def index(
         raise StoreError(report.behind)
     if report.failed and not watch:
         ctx.exit(1)
+
+
+def _employ(target: "Collection", devices: list[str], say: Callable[[str], None], stack: ExitStack) -> None:
+    """Have worker processes embed what comes into the collection, as long as the stack lasts."""
+    from e5v_search.scale import processes
+
+    assert target.choice is not None
+    target.embed_with(stack.enter_context(processes.team(target.choice, devices, say)))
+
+
+def _employ_cluster(
+    target: "Collection", address: str, folder: Path | None, say: Callable[[str], None], stack: ExitStack
+) -> None:
+    """Have a Ray cluster do it. Without a folder for shards they are kept in the collection until they are in the catalog."""
+    from e5v_search.scale import cluster
+    from e5v_search.scale.shards import Shards
+
+    shards = Shards((folder or target.path / "shards").resolve(), say)
+    if folder is None:
+        stack.push(lambda kind, *_: None if kind else shards.remove())
+    assert target.choice is not None
+    target.embed_with(stack.enter_context(cluster.team(target.choice, address, shards, say)))
 
 
 def _tell(report: "Report", as_json: bool, quiet: bool) -> None:

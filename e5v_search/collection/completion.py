@@ -1,27 +1,15 @@
 """Items that have no vector in one of the collection's views, because it was asked for after them, get it."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
 
-from e5v_search import media
 from e5v_search.catalog import KINDS, VIEW, Item
 from e5v_search.collection.ingest import Ingest
+from e5v_search.collection.inputs import Input
 from e5v_search.collection.views import same_prompt
-from e5v_search.errors import MediaError
-from e5v_search.parallel import ahead, windows
-from e5v_search.render import render
+from e5v_search.parallel import windows
 
 _BLOCK = 256
-
-
-@dataclass
-class _Prepared:
-    item: Item
-    input: Any = None
-    problem: str | None = None
 
 
 class Completion:
@@ -71,43 +59,17 @@ class Completion:
         if not embedded:
             self._done(len(items))
             return
-        with (
-            closing(ahead(self._prepare, items)) as prepared,
-            closing(ingest.embedded(kind, self._usable(prepared), lambda one: one.input, embedded)) as done,
-        ):
+        with closing(ingest.embedded(kind, iter(items), _input, embedded)) as done:
             for batch in done:
-                for one, vectors in batch:
-                    if isinstance(vectors, str):
-                        self._fail(one.item, vectors)
-                    else:
-                        for view, vector in vectors.items():
-                            ingest.complete(one.item.id, view, vector)
+                for item, outcome in batch:
+                    if outcome.vectors is not None:
+                        for view, vector in outcome.vectors.items():
+                            ingest.complete(item.id, view, vector)
                         self._done(1)
-
-    def _prepare(self, item: Item) -> _Prepared:
-        embedder = self._ingest.embedder()
-        try:
-            if item.kind == "image":
-                assert item.path is not None
-                if not os.path.lexists(item.path):
-                    return _Prepared(item)
-                photo = media.read_photo(item.path, enough=embedder.enough)
-                if photo.content_hash != item.content_hash:
-                    return _Prepared(item)
-                return _Prepared(item, embedder.prepare(photo.image, photo.facts.size))
-            assert item.text is not None
-            return _Prepared(item, item.text if item.kind == "text" else embedder.prepare(render(item.text)))
-        except MediaError as error:
-            return _Prepared(item, problem=str(error))
-
-    def _usable(self, prepared: Iterator[_Prepared]) -> Iterator[_Prepared]:
-        for one in prepared:
-            if one.input is not None:
-                yield one
-            elif one.problem is not None:
-                self._fail(one.item, one.problem)
-            else:
-                self._absent += 1
+                    elif outcome.problem is not None:
+                        self._fail(item, outcome.problem)
+                    else:
+                        self._absent += 1
 
     def _fail(self, item: Item, reason: str) -> None:
         self._ingest.fail(item.path or f"item {item.id}", item.kind, reason, item.part or "")
@@ -116,3 +78,7 @@ class Completion:
         self._ingest.report.completed += n
         self._ingest.commit_if_due()
         self._ingest.progress()
+
+
+def _input(item: Item) -> Input:
+    return Input(item.kind, item.content_hash, item.path if item.kind == "image" else None, item.text, unchanged=True)

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from e5v_search import backbones, media
 from e5v_search.catalog import CATALOG, Catalog, Put
 from e5v_search.collection.asking import Ask, answer_all
+from e5v_search.collection.engine import Alone, Engine
 from e5v_search.collection.indexes import Indexes
 from e5v_search.collection.ingest import Ingest
 from e5v_search.collection.report import Report
@@ -72,6 +73,7 @@ class Collection:
         self._allow_mismatch = allow_mismatch
         self._choice = embedder if isinstance(embedder, ModelChoice) else None
         self._embedder = None if isinstance(embedder, ModelChoice) else embedder
+        self._engine: Engine = Alone(self.embedder)
         self._loading = threading.Lock()
         # read now: the model may be loaded by a thread that must not touch the catalog
         self._bound, self._made_by = catalog.fingerprint, catalog.model
@@ -151,7 +153,20 @@ class Collection:
         adapter, dim = choice.adapter or made_by.get("adapter"), choice.dim or made_by.get("dim")
         return replace(choice, name=made_by["name"], quantize=quantize, tiles=tiles, adapter=adapter, dim=dim)
 
-    def _check_fingerprint(self, embedder: Embedder) -> None:
+    @property
+    def choice(self) -> ModelChoice | None:
+        """The model that an embedding here would take, if there is a choice to make: this collection was opened without one."""
+        return None if self._choice is None else self._resolve(self._choice)
+
+    def embed_with(self, engine: Engine) -> None:
+        """Have `engine` embed what is ingested from now on; queries go on being embedded here."""
+        self._engine = engine
+
+    def _accept(self, engine: Engine) -> None:
+        self._bound = self.catalog.fingerprint
+        self._check_fingerprint(engine)
+
+    def _check_fingerprint(self, embedder: Embedder | Engine) -> None:
         if self._bound not in (None, embedder.fingerprint) and not self._allow_mismatch:
             raise FingerprintMismatch(
                 f"collection {self.path} was made by {self._bound}, but the model here is {embedder.fingerprint}: their "
@@ -267,7 +282,7 @@ class Collection:
                     serves = False
                 behind = 0
 
-        return Ingest(self.catalog, self.embedder, committed, on_progress, unfinished)
+        return Ingest(self.catalog, self._engine, self._accept, committed, on_progress, unfinished)
 
     def save_index(self) -> None:
         """Bring the index files to the catalog's state. Raises CollectionBusy, DiskFull, CollectionReadOnly."""

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -47,12 +47,12 @@ def export(
         try:
             unfinished.mkdir()
             with collection.catalog.snapshot():
-                description = _describe(collection, items)
-                _write(collection, unfinished, description)
+                described = _describe(collection, items)
+                write_folder(unfinished, described, collection.catalog.dump())
             _put_in_place(unfinished, out)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    return description
+    return described
 
 
 def _describe(collection: Collection, items: str) -> dict[str, Any]:
@@ -60,25 +60,39 @@ def _describe(collection: Collection, items: str) -> dict[str, Any]:
     n, dim = catalog.size(), catalog.dim
     if not n or dim is None:
         raise CollectionNotFound(f"collection {collection.path} is empty; there is nothing to export")
+    return description(n, catalog.views, catalog.fingerprint, catalog.model, dim, catalog.roots(), items)
+
+
+def description(
+    n: int,
+    views: Iterable[str],
+    fingerprint: str | None,
+    model: dict[str, Any] | None,
+    dim: int,
+    roots: Iterable[tuple[str, str]] = (),
+    items: str = "parquet",
+) -> dict[str, Any]:
+    """What export.json says of a folder of `n` items; `fingerprint`, `model` and `dim` are of what made their vectors."""
     return {
         "format": FORMAT,
         "version": 1,
-        "fingerprint": catalog.fingerprint,
-        "model": catalog.model,
+        "fingerprint": fingerprint,
+        "model": model,
         "prompts": VIEW,
         "items": n,
         "dim": dim,
         "dtype": "float16",
         "files": {
             "items": PARQUET if items == "parquet" else JSONL,
-            "vectors": {view: vectors_file(view) for view in catalog.views},
+            "vectors": {view: vectors_file(view) for view in views},
         },
-        "roots": [{"path": path, "kind": kind} for path, kind in catalog.roots()],
+        "roots": [{"path": path, "kind": kind} for path, kind in roots],
         "exported_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def _write(collection: Collection, folder: Path, description: dict[str, Any]) -> None:
+def write_folder(folder: Path, description: dict[str, Any], blocks: Iterable[Sequence[Put]]) -> None:
+    """All files of an export, synced to the disk, into the empty `folder`: so many items as `description` says, in blocks."""
     dim, files = description["dim"], description["files"]
     with ExitStack() as stack:
 
@@ -92,7 +106,7 @@ def _write(collection: Collection, folder: Path, description: dict[str, Any]) ->
         rows = parquet if files["items"] == PARQUET else json_lines
         write = stack.enter_context(rows(new(files["items"]), description))
         nothing = np.zeros(dim, DTYPE)  # stands for a vector that an item does not have in a view yet
-        for puts in collection.catalog.dump():
+        for puts in blocks:
             write(map(row, puts))
             for view, file in vectors.items():
                 file.write(b"".join(_vector(put, view, nothing).tobytes() for put in puts))
@@ -102,7 +116,8 @@ def _write(collection: Collection, folder: Path, description: dict[str, Any]) ->
 def _vector(put: Put, view: str, nothing: np.ndarray) -> np.ndarray:
     if view == VIEW and view not in put.vectors:
         raise CollectionError(f"item {put.item_id} has no vector; see: e5v-search verify")
-    return put.vectors.get(view, nothing)
+    vector: np.ndarray = put.vectors.get(view, nothing).astype(DTYPE, copy=False)
+    return vector
 
 
 @contextmanager

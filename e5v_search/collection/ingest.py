@@ -1,35 +1,30 @@
 """Ingestion: what is on disk becomes what the catalog says, with no more work than the difference asks for.
 
-    find ──> known? ──> same content? ──> prepare (threads) ──> model (a thread) ──> commit
+    find ──> known? ──> same content? ──> prepare, model (an `Engine`) ──> commit
 
 Photos and files of texts differ in how they are found and compared (`photos`, `texts`); from there on they share this
-module. The catalog is asked and written in the caller's thread alone, while the model is at the next batch. A commit
+module. The catalog is asked and written in the caller's thread alone, while the engine is at the next batch. A commit
 every few seconds makes items and vectors visible together; a kill at any moment loses at most what came after the last one.
 """
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Self, TypeVar
 
 import numpy as np
 
 from e5v_search.catalog import Catalog, Corpus, Failed, FileRow, Put
 from e5v_search.collection import views
+from e5v_search.collection.engine import Engine
+from e5v_search.collection.inputs import Input, Outcome
 from e5v_search.collection.report import Failure, Report
-from e5v_search.embedder import Embedder, embed_each
-from e5v_search.errors import E5VError
 from e5v_search.media import Scan
-from e5v_search.parallel import ahead
 
 COMMIT_SECONDS = 2.0
-_BATCH_SECONDS = 1.0  # a model call takes about this long, so that even an 8B model on a laptop commits often
-_MAX_BATCH = 1024
 
 T = TypeVar("T")
-
-_NOT_FINITE = "the model gives no finite vector for it; try --dtype float32"
 
 
 @dataclass
@@ -38,8 +33,6 @@ class Job:
 
     put: Put
     place: str = ""  # within a file of texts, for those who have to mend it
-    prepared: Any = None
-    problem: str | None = None
     settled: Callable[[bool], None] | None = None  # told once whether it has worked
 
 
@@ -57,7 +50,8 @@ class _Pending:
 
 
 class Ingest:
-    """One run. `embedder` is called only when something must be embedded; leaving the context keeps what is done.
+    """One run. `engine` is asked only when something must be embedded, and `accept` may refuse it then (by raising) before
+    anything of it is written; leaving the context keeps what is done.
 
     Of a file that cannot be used `unfinished(path)` may say that it is still being written: then it is left as it is, and
     not even listed.
@@ -66,16 +60,18 @@ class Ingest:
     def __init__(
         self,
         catalog: Catalog,
-        embedder: Callable[[], Embedder],
+        engine: Engine,
+        accept: Callable[[Engine], None],
         on_commit: Callable[[int], None],
         on_progress: Callable[[Report, int], None] | None = None,
         unfinished: Callable[[str], bool] | None = None,
     ) -> None:
         self.catalog = catalog
-        self.embedder = embedder
         self.report = Report()
         self.total = 0  # files and texts in all, for `on_progress`
         self.counts_ahead = on_progress is not None
+        self._engine = engine
+        self._accept = accept
         self._on_progress = on_progress
         self._on_commit = on_commit
         self._unfinished = unfinished
@@ -85,7 +81,6 @@ class Ingest:
         self.failed: set[tuple[str, str]] = set()  # in this run
         self._twins: dict[tuple[str, str], list[Job]] = {}  # (kind, content): jobs that wait for the vectors of another
         self._start = self._last_commit = time.monotonic()
-        self._batch = 1  # grows with the measured rate
         self._begun = False  # something was embedded
 
     def __enter__(self) -> Self:
@@ -114,70 +109,37 @@ class Ingest:
         return fresh
 
     def embed(self, kind: str, jobs: Iterator[Job]) -> None:
-        with closing(self.embedded(kind, self._usable(jobs), lambda job: job.prepared, self._views)) as done:
+        with closing(self.embedded(kind, jobs, _input, self._views)) as done:
             for batch in done:
-                for job, vectors in batch:
-                    job.prepared = None
-                    if isinstance(vectors, str):
-                        self._fail_all(job, vectors)
+                for job, outcome in batch:
+                    if outcome.vectors is None:
+                        assert outcome.problem is not None
+                        self._fail_all(job, outcome.problem)
                     else:
-                        self.put(job, vectors=vectors)
+                        job.put = replace(job.put, **outcome.facts)
+                        self.put(job, vectors=outcome.vectors)
                 self.commit_if_due()
                 self.progress()
 
-    def _usable(self, jobs: Iterator[Job]) -> Iterator[Job]:
-        for job in jobs:
-            if job.problem is None:
-                yield job
-            else:
-                self._fail_all(job, job.problem)
-
     def embedded(
-        self, kind: str, inputs: Iterator[T], prepared: Callable[[T], Any], of: Sequence[str]
-    ) -> Generator[list[tuple[T, views.Vectors | str]], None, None]:
-        """Inputs with their vectors in the views `of`, or why there are none, in batches of about a second.
-
-        The model has a thread to itself: while the caller deals with a batch, and gathers another, it is at the next.
-        """
-
-        def work(batch: list[T]) -> list[tuple[T, views.Vectors | str]]:
-            return list(zip(batch, self._vectors(kind, [prepared(one) for one in batch], of), strict=True))
-
-        with closing(ahead(work, self._batches(inputs), workers=1, depth=2)) as done:
-            yield from done
-
-    def _batches(self, inputs: Iterator[T]) -> Iterator[list[T]]:
-        ready: list[T] = []
-        for one in inputs:
-            ready.append(one)
-            if len(ready) >= self._batch:
-                self._begin()
-                yield ready
-                ready = []
-        if ready:
-            self._begin()
-            yield ready
+        self, kind: str, items: Iterator[T], input_of: Callable[[T], Input], of: Sequence[str]
+    ) -> Generator[list[tuple[T, Outcome]], None, None]:
+        """See `Engine.embedded`. The collection is bound to the model before its first vector comes."""
+        with closing(self._engine.embedded(kind, items, input_of, of)) as done:
+            for batch in done:
+                if any(outcome.vectors is not None for _, outcome in batch):
+                    self._begin()
+                yield batch
 
     def _begin(self) -> None:
         if self._begun:
             return
-        embedder = self.embedder()
+        engine = self._engine
+        self._accept(engine)
         if self.catalog.fingerprint is None:
-            self.catalog.bind(embedder.fingerprint, embedder.dim, embedder.recalled_by)
+            self.catalog.bind(engine.fingerprint, engine.dim, engine.recalled_by)
         self._on_commit(0)  # also after a run that was killed behind its bind: an index missing later was lost
         self._begun = True
-
-    def _vectors(self, kind: str, inputs: Sequence[Any], of: Sequence[str]) -> list[views.Vectors | str]:
-        embedder = self.embedder()
-        start = time.monotonic()
-        found = embed_each(inputs, lambda some: views.embed(embedder, kind, some, of))
-        rate = len(inputs) / max(time.monotonic() - start, 1e-6)
-        # not less than two: two cores do them side by side
-        self._batch = min(max(int(rate * _BATCH_SECONDS), 2), 2 * self._batch, _MAX_BATCH)
-        return [
-            str(one) if isinstance(one, E5VError) else one if all(np.isfinite(x).all() for x in one.values()) else _NOT_FINITE
-            for one in found
-        ]
 
     # what is to be committed
 
@@ -257,3 +219,8 @@ class Ingest:
     def progress(self) -> None:
         if self._on_progress is not None:
             self._on_progress(self.report, self.total)
+
+
+def _input(job: Job) -> Input:
+    put = job.put
+    return Input(put.kind, put.content_hash, put.path if put.kind == "image" else None, put.text)

@@ -17,6 +17,7 @@ _LOOKUP = 512
 @dataclass
 class _PhotoJob(Job):
     row: FileRow | None = None  # what the catalog knew
+    problem: str | None = None
 
 
 class Photos:
@@ -32,11 +33,8 @@ class Photos:
 
     def run(self) -> None:
         ingest = self._ingest
-        with (
-            closing(ahead(self._hash, self._news())) as hashed,
-            closing(ahead(self._decode, self._unknown_content(hashed))) as decoded,
-        ):
-            ingest.embed(self.kind, decoded)
+        with closing(ahead(self._hash, self._news())) as hashed:
+            ingest.embed(self.kind, self._unknown_content(hashed))
         for problem in self._scan.problems:
             ingest.fail(problem.path, self.kind, problem.reason)
         ingest.commit()
@@ -85,17 +83,6 @@ class Photos:
             else:
                 yield from ingest.unknown_content([job])
             ingest.commit_if_due()
-
-    def _decode(self, job: Job) -> Job:
-        assert job.put.path is not None
-        try:
-            image, facts = media.decode(job.put.path, enough=self._ingest.embedder().enough)
-        except MediaError as error:
-            job.problem = str(error)
-        else:
-            job.put = replace(job.put, **facts.to_dict())
-            job.prepared = self._ingest.embedder().prepare(image, facts.size)
-        return job
 
     def _forget_vanished(self) -> None:
         ingest, scan = self._ingest, self._scan

@@ -16,10 +16,9 @@ from e5v_search import corpora
 from e5v_search.catalog import Corpus, FileRow, Put, Reading
 from e5v_search.collection.ingest import Ingest, Job
 from e5v_search.corpora import Bad, Text
-from e5v_search.errors import MediaError, UnreadableFile
+from e5v_search.errors import UnreadableFile
 from e5v_search.media import Found, Scan
-from e5v_search.parallel import ahead, windows
-from e5v_search.render import render
+from e5v_search.parallel import windows
 
 _LOOKUP = 256
 
@@ -62,11 +61,8 @@ class Texts:
 
     def run(self) -> None:
         ingest = self._ingest
-        with (
-            closing(self._news()) as news,
-            closing(ahead(self._prepare, news)) as prepared,
-        ):
-            ingest.embed(self.kind, prepared)
+        with closing(self._news()) as news:
+            ingest.embed(self.kind, news)
         for problem in self._scan.problems:
             ingest.fail(problem.path, self.kind, problem.reason)
         ingest.commit()
@@ -163,17 +159,6 @@ class Texts:
             item_id=item_id,
         )
         return Job(put, str(text.line))
-
-    def _prepare(self, job: Job) -> Job:
-        assert job.put.text is not None
-        if self.kind == "text":
-            job.prepared = job.put.text
-            return job
-        try:
-            job.prepared = self._ingest.embedder().prepare(render(job.put.text))
-        except MediaError as error:
-            job.problem = str(error)
-        return job
 
     def _settled(self, file: _File, worked: bool) -> None:
         file.unsettled -= 1
