@@ -44,7 +44,7 @@ class Pace:
 
     def note(self, inputs: int, seconds: float) -> None:
         # not less than two: two cores do them side by side
-        self.size = min(max(int(inputs / max(seconds, 1e-6) * self._seconds), 2), 2 * self.size, MAX_BATCH)
+        self.size = min(max(int(inputs / max(seconds, 1e-6) * self._seconds), 2), 4 * self.size, MAX_BATCH)
 
 
 class Alone:

@@ -1,6 +1,7 @@
 """One bit for each number of a rotated row (RaBitQ): 32 times fewer bytes to scan than float32 has."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -15,7 +16,6 @@ from e5v_search.index.library import faiss_errors, library
 from e5v_search.index.recipe import Recipe
 from e5v_search.index.rows import codes_of, quantiser, selector, view
 from e5v_search.index.scan import SEED, Scan, blocks, opened, reranked, sample, search_reranked, serialised
-from e5v_search.parallel import ahead
 
 _TRAINED_ON = 16_384  # rows of which the mean is taken; nothing else is learned
 _PART = 1 << 24  # bytes of codes for which a thread of its own is worth while
@@ -53,6 +53,8 @@ class OneBit(Scan):
         parts = max(1, min(library().omp_get_max_threads(), len(self._data) // _PART))
         ends = np.linspace(0, rows.ntotal, parts + 1).astype(int).tolist()
         self._parts = [self._part(*some) for some in pairwise(ends)] if parts > 1 else [self._whole]
+        # kept: to begin threads for a single query takes a third of its time
+        self._threads = ThreadPoolExecutor(parts, thread_name_prefix="scan")
 
     def _part(self, start: int, stop: int) -> _Part:
         coarse = opened(self.head)
@@ -80,7 +82,11 @@ class OneBit(Scan):
         width = min(max(width, self.recipe.candidates), self.rows.ntotal)
         if len(xq) >= len(self._parts):  # FAISS itself has a thread for each query
             return self._whole.search(xq, width, chosen, self.recipe.query_bits)
-        found = ahead(lambda part: part.search(xq, width, chosen, self.recipe.query_bits), self._parts, len(self._parts))
+
+        def search(part: _Part) -> Found:
+            return part.search(xq, width, chosen, self.recipe.query_bits)
+
+        found = self._threads.map(search, self._parts)
         return reduce(lambda one, other: merged(one, other, width), found)
 
     def problems(self) -> list[str]:
