@@ -257,6 +257,10 @@ def test_a_disk_below_the_root(at: Watched) -> None:
     try:
         paint(point / "b.jpg", 2)
         at.becomes("disk/b.jpg")  # another disk in the same place, without a.jpg
+        subprocess.run(["umount", point], check=True)
+        subprocess.run(mount, check=True)  # at once, and the system may give it all the numbers of the one before
+        paint(point / "c.jpg", 3)
+        at.becomes("disk/c.jpg")
     finally:
         subprocess.run(["umount", point], check=True)
     with Collection.open(at.place) as c:

@@ -1,6 +1,8 @@
 """Which paths under some roots may have changed: the system's notices, and the roots themselves that come and go."""
 
+import io
 import os
+import select
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
@@ -12,7 +14,7 @@ TICK = 0.2  # seconds that a call of `wait` takes when nothing happens
 _ROOTS_EVERY = 1.0  # seconds
 _PROBE_AFTER = 1.0  # seconds in which the library has come to watch a new folder
 _REOPEN_AFTER = 10.0  # seconds without notices after a name that they cannot tell
-_MOUNTS = "/proc/self/mountinfo"
+_TABLE = "/proc/self/mountinfo"
 
 Signature = tuple[int, ...] | None
 
@@ -34,14 +36,13 @@ class Changes:
         self._stream: Generator[set[Any], None, None] | None = None
         self._reopen_at = self._probe_at = float("inf")
         self._signatures = {root: signature(root) for root in self.roots}
-        self._mounts = _mounts_below(self.roots)
+        self._mounts = _Mounts(self.roots)
         self._look_at_roots_at = 0.0
         self._open()
 
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        self._end()
+        self._mounts.close()
 
     def wait(self) -> set[str]:
         """Paths that may have changed since the last call, after at most about TICK seconds.
@@ -75,7 +76,7 @@ class Changes:
 
     def _open(self) -> None:
         """Begin anew: notices end silently with the folder that they were asked for."""
-        self.close()
+        self._end()
         self._reopen_at = float("inf")
         outermost = [root for root in self.roots if not roots_above(os.path.dirname(root), self._root_set)]
         self._told = [root for root in outermost if os.path.isdir(root) and _is_text(root)]
@@ -89,13 +90,18 @@ class Changes:
         except (RuntimeError, OSError) as error:
             self._stumble(error)
 
+    def _end(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
     def _probe(self) -> None:
         """Raise where the system watches no more folders; of a folder below another the library does not tell that."""
         with closing(_notices(self._told[0], recursive=False)) as one_more:
             next(one_more)
 
     def _stumble(self, error: Exception) -> None:
-        self.close()
+        self._end()
         self.unwatched = {root for root in self.roots if os.path.isdir(root)}
         reason = str(error)
         if "limit" in reason or "os error 24" in reason:
@@ -117,11 +123,10 @@ class Changes:
     def _changed_roots(self) -> set[str]:
         signatures = {root: signature(root) for root in self.roots}
         changed = {root for root in self.roots if signatures[root] != self._signatures[root]}
-        mounts = _mounts_below(self.roots)
-        if mounts != self._mounts or any(os.path.isdir(root) or _was_folder(self._signatures[root]) for root in changed):
+        if self._mounts.changed() or any(os.path.isdir(root) or _was_folder(self._signatures[root]) for root in changed):
             self._open()
             changed = set(self.roots)
-        self._signatures, self._mounts = signatures, mounts
+        self._signatures = signatures
         return changed
 
 
@@ -165,12 +170,35 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def _mounts_below(roots: Iterable[str]) -> frozenset[tuple[str, str]]:
-    """(device, mount point) of what is mounted at or below the roots; the system gives no notice of that. Linux only."""
-    with suppress(OSError), open(_MOUNTS, "rb") as file:
-        fields = [line.split() for line in file]
+class _Mounts:
+    """What is mounted at or below the roots, of which there are no notices; Linux only."""
+
+    def __init__(self, roots: Iterable[str]) -> None:
+        self._roots = set(roots)
+        self._table: io.FileIO | None = None
+        with suppress(OSError):
+            self._table = io.FileIO(_TABLE)
+            self._events = select.poll()
+            self._events.register(self._table, select.POLLPRI)
+            self._points = self._read(self._table)
+
+    def close(self) -> None:
+        if self._table is not None:
+            self._table.close()
+            self._table = None
+
+    def changed(self) -> bool:
+        """Whether anything came or went there since the last call, or may have: a disk that was away for a moment can have
+        all that the table tells of it as before.
+        """
+        if self._table is None or not self._events.poll(0):
+            return False
+        before, self._points = self._points, self._read(self._table)
+        return bool(before or self._points)
+
+    def _read(self, table: io.FileIO) -> list[str]:
+        table.seek(0)
+        fields = [line.split() for line in table.read().splitlines()]
         # \040 and the like stand for white space and the backslash
-        points = ((os.fsdecode(f[2]), f[4].decode("unicode_escape").encode("latin-1")) for f in fields if len(f) > 4)
-        known = set(roots)
-        return frozenset((device, os.fsdecode(point)) for device, point in points if roots_above(os.fsdecode(point), known))
-    return frozenset()
+        points = (os.fsdecode(f[4].decode("unicode_escape").encode("latin-1")) for f in fields if len(f) > 4)
+        return [point for point in points if roots_above(point, self._roots)]
