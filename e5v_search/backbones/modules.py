@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from e5v_search.backbones.config import LlavaNextConfig, TextConfig, VisionConfig
 from e5v_search.backbones.pieces import in_pieces
 from e5v_search.backbones.tiles import Size, unpadded
+from e5v_search.backbones.upload import indices
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ class TextDecoder(nn.Module):
         """
         b, t = x.shape[:2]
         last = lengths - 1
-        starts = torch.tensor([p.shape[3] for p in prefixes] if prefixes else [0], device=x.device)
+        starts = indices([p.shape[3] for p in prefixes], x.device) if prefixes else last.new_zeros(1)
         positions = starts[:, None] + torch.arange(t, device=x.device)
         rotation = self.rotation(positions, x)
         keys = torch.arange(t if prefixes is None else max(p.shape[3] for p in prefixes) + t, device=x.device)
@@ -335,7 +336,7 @@ class LlavaNext(nn.Module):
 
         With `prefixes` (see `TextDecoder`) a row goes on from what was computed before.
         """
-        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        lengths = indices([len(row) for row in rows], rows[0].device)
         out: Tensor = self.language_model(nn.utils.rnn.pad_sequence(list(rows), batch_first=True), lengths, prefixes)
         return out
 
