@@ -9,4 +9,5 @@ from torch import Tensor
 def indices(values: Sequence[int], device: torch.device) -> Tensor:
     """(n,) int64 on `device`, which is not waited for: what it was given before may still be under way."""
     # a copy from other memory than pinned would wait
-    return torch.tensor(values, dtype=torch.long, pin_memory=torch.cuda.is_initialized()).to(device, non_blocking=True)
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    return torch.tensor(values, dtype=torch.long, pin_memory=pinned).to(device, non_blocking=True)
