@@ -1,10 +1,10 @@
 """Models of sentence-transformers against the library's own `encode`, one input at a time: a real one for texts, and small
 random ones with two towers and a layer behind them, and with a language model that reads chats."""
 
-import builtins
 import importlib.util
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -373,15 +373,8 @@ def test_a_bad_picture_is_named(loaded: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_library_is_needed_and_new_enough(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = builtins.__import__
-
-    def without(name: str, *arguments: Any) -> Any:
-        if name == "sentence_transformers":
-            raise ImportError(name)
-        return plain(name, *arguments)
-
     with monkeypatch.context() as m:
-        m.setattr(builtins, "__import__", without)
+        m.setitem(sys.modules, "sentence_transformers", None)
         with pytest.raises(MissingPackage, match=r"pip install 'e5v-search\[st\]'"):
             Embedder.load(str(folders["minilm"]), device="cpu")
     monkeypatch.setattr(st, "__version__", "5.6.0")

@@ -1,8 +1,8 @@
-import builtins
 import errno
 import importlib.util
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -212,15 +212,8 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = builtins.__import__
-
-    def without(name: str, *arguments: Any) -> Any:
-        if name == "sentence_transformers":
-            raise ImportError(name)
-        return plain(name, *arguments)
-
     with monkeypatch.context() as m:
-        m.setattr(builtins, "__import__", without)
+        m.setitem(sys.modules, "sentence_transformers", None)
         with pytest.raises(MissingPackage, match=r"pip install 'e5v-search\[st\]'"):
             teacher_vectors(TEXTS, MINILM, tmp_path, quiet)
     monkeypatch.setattr(teacher, "find_spec", lambda name: None)
