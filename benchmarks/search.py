@@ -121,9 +121,9 @@ def plain(kind: str, index: Any, xb: np.ndarray) -> Callable[[np.ndarray], Any]:
         coarse.add(xb[start : start + BLOCK].astype(np.float32))
     coarse.metric_type = faiss.METRIC_INNER_PRODUCT  # of the scores; IndexRefine wants the two to agree
     refine = faiss.IndexRefine(coarse, half)
-    within: Any = faiss.RaBitQSearchParameters(qb=recipe.query_bits)
+    within: Any = faiss.RaBitQSearchParameters(qb=recipe.query_bits, centered=True)
     if kind == "ivf":
-        within = faiss.IVFRaBitQSearchParameters(nprobe=recipe.probes, qb=recipe.query_bits)
+        within = faiss.IVFRaBitQSearchParameters(nprobe=recipe.probes, qb=recipe.query_bits, centered=True)
     asked = faiss.IndexRefineSearchParameters(
         k_factor=recipe.candidates / 10, base_index_params=faiss.SearchParametersPreTransform(index_params=within)
     )

@@ -21,6 +21,7 @@ from e5v_search.collection import indexes
 from e5v_search.collection.indexes import Indexes
 from e5v_search.errors import CollectionBusy, DiskFull
 from e5v_search.index import FlatIndex, IndexDamaged, MappedIndex, Recipe, Stamp, build, by_size, load, onebit
+from e5v_search.index import rows as rows_module
 
 D = 24
 # all rows are candidates: what is found must then be exactly the best
@@ -207,6 +208,8 @@ class TestLikeADict(LikeADict.TestCase):
         monkeypatch.setattr(indexes, "_BEHIND", 7)
         monkeypatch.setattr(indexes, "_AT_ONCE", 4)
         monkeypatch.setattr(onebit, "_PART", 40)  # bytes: three rows or so are scanned in a thread of their own
+        monkeypatch.setattr(rows_module, "_MAPPED", 10 * 2 * D)  # above ten rows a file is large
+        monkeypatch.setattr(rows_module, "_COPIED", 4 * 2 * D)
 
 
 @pytest.mark.parametrize("nq", [1, 2, 3, 9])
@@ -473,6 +476,10 @@ def test_the_defaults_find_nearly_all(tmp_path: Path, d: int, recipe: Recipe) ->
     D, ids = index.search(xq, 10, ids=chosen)
     exact = chosen[np.argsort(-(xq @ xb[chosen].astype(np.float32).T), axis=1)[:, :10]]
     np.testing.assert_array_equal(ids, exact)  # of few, all are looked at
+    if recipe.kind != "hnsw":
+        _, ids = index.search(xq[:20], 1000)  # more than there are candidates by the recipe
+        far = np.argsort(-(xq[:20] @ xb.astype(np.float32).T), axis=1)[:, :1000]
+        assert np.mean([len(set(a) & set(b)) / 1000 for a, b in zip(ids, far, strict=True)]) >= 0.98
 
 
 def test_as_many_as_asked_for_come_whatever_is_probed(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ the next one overwrites it.
 
 import os
 import zlib
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +38,27 @@ def append(path: Path, blocks: Iterable[np.ndarray], at: int = 0, crc32: int = 0
 
 def mapped(path: Path, size: int) -> np.ndarray:
     """The first `size` bytes, mapped. Raises IndexDamaged if there are fewer."""
-    try:
+    with _reading(path):
         if path.stat().st_size < size:
             raise IndexDamaged(f"{path.name} is cut short")
         data: np.ndarray = np.asarray(np.memmap(path, np.uint8, "r", shape=(size,)))
+    return data
+
+
+def opened(path: Path) -> int:
+    """A descriptor for reading, for the caller to close. Raises IndexDamaged."""
+    with _reading(path):
+        return os.open(path, os.O_RDONLY)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
         raise IndexDamaged(f"{path.name} is missing") from error
     except OSError as error:
         raise IndexDamaged(f"{path.name} cannot be read: {error.strerror or error}") from error
-    return data
 
 
 def checksum(data: np.ndarray) -> int:

@@ -6,9 +6,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from e5v_search.index import column, rows
+from e5v_search.index import column
 from e5v_search.index.base import Found, Index, Places, Stamp, best, distinct, matrix
 from e5v_search.index.library import faiss_errors, library
+from e5v_search.index.rows import Rows, quantiser, search
 from e5v_search.index.sealed import CHUNK, IndexDamaged, sealing, unsealed
 
 KIND = "flat-fp16"
@@ -36,7 +37,7 @@ class FlatIndex(Index):
 
     @classmethod
     def empty(cls, d: int) -> Self:
-        return cls(library().IndexIDMap(rows.quantiser(d)), Stamp("", 0))
+        return cls(library().IndexIDMap(quantiser(d)), Stamp("", 0))
 
     @classmethod
     def build(cls, d: int, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Self:
@@ -77,7 +78,10 @@ class FlatIndex(Index):
 
     def codes(self) -> np.ndarray:
         """The rows (ntotal, 2 d) as bytes of float16, in the order of storage; not copied."""
-        return rows.codes_of(library().downcast_index(self._index.index))
+        return self._rows().codes
+
+    def _rows(self) -> Rows:
+        return Rows(library().downcast_index(self._index.index))
 
     def _held(self) -> Places:
         if self._places is None:
@@ -87,10 +91,9 @@ class FlatIndex(Index):
     def search(self, xq: np.ndarray, k: int, ids: np.ndarray | None = None) -> Found:
         xq = matrix(xq, self.d)
         if ids is None:
-            return best(lambda width: rows.search(self._index, xq, width), k, self.ntotal, len(xq))
+            return best(lambda width: search(self._index, xq, width), k, self.ntotal, len(xq))
         places = np.unique(self._held().of(ids))
-        held = library().downcast_index(self._index.index)
-        return rows.search_places(held, xq, k, places[places >= 0], self._held().ids)
+        return self._rows().search(xq, k, places[places >= 0], self._held().ids)
 
     def save(self, path: Path) -> None:
         faiss = library()

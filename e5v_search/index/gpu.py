@@ -10,7 +10,7 @@ import numpy as np
 from e5v_search.index.base import Found
 from e5v_search.index.library import faiss_errors, library
 from e5v_search.index.recipe import Recipe
-from e5v_search.index.rows import decoded, search
+from e5v_search.index.rows import Rows, search
 from e5v_search.index.scan import BLOCK, Scan
 
 _MOST = 2048  # results of a search that FAISS gives on a GPU
@@ -25,37 +25,28 @@ class OnGpu(Scan):
     kind: ClassVar[str] = "gpu"
     filters: ClassVar[bool] = False  # FAISS takes none there
 
-    def __init__(self, rows: Any, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
+    def __init__(self, rows: Rows, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
         super().__init__(rows, recipe, head, facts, folder)
         self._held = _on_gpus(rows)
         self._one = threading.Lock()  # a GPU's index is not made for two searches at a time
-        if self._held is not None:
-            self._refine = library().IndexRefine(self._held, rows)
-            self._refine.own_fields = self._refine.own_refine_index = False
 
     @classmethod
-    def build(cls, rows: Any, recipe: Recipe, path: Path) -> Self:
+    def build(cls, rows: Rows, recipe: Recipe, path: Path) -> Self:
         return cls(rows, recipe, b"", {}, path.parent)
 
-    def extended(self, rows: Any, path: Path) -> Self:
+    def extended(self, rows: Rows, path: Path) -> Self:
         return type(self)(rows, self.recipe, self.head, self.facts, path.parent)
 
     def search(self, xq: np.ndarray, width: int, chosen: np.ndarray | None, effort: int) -> Found:
         asked = min((width + _MARGIN) * effort, self.rows.ntotal)
         if self._held is None or asked > _MOST:
-            return search(self.rows, xq, width, chosen)
+            return search(self.rows.index, xq, width, chosen)
         with self._one, faiss_errors():
-            D, I = self._refine.search(xq, asked, params=library().IndexRefineSearchParameters(k_factor=1.0))  # noqa: E741
-        if chosen is None:
-            return D[:, :width], I[:, :width]
-        there = (I >= 0) & chosen[I]
-        order = np.argsort(~there, axis=1, kind="stable")[:, :width]
-        found = np.take_along_axis(D, order, axis=1), np.take_along_axis(I, order, axis=1)
-        missing = ~np.take_along_axis(there, order, axis=1)
-        return np.where(missing, -np.inf, found[0]), np.where(missing, -1, found[1])
+            _, near = self._held.search(xq, asked)
+        return self.rows.ranked(xq, near if chosen is None else np.where(chosen[near], near, -1), width)
 
 
-def _on_gpus(rows: Any) -> Any:
+def _on_gpus(rows: Rows) -> Any:
     """The rows in half precision, shared out among all GPUs; None, and a line in the log, where they do not go."""
     faiss = library()
     gpus = faiss.get_num_gpus()
@@ -68,7 +59,7 @@ def _on_gpus(rows: Any) -> Any:
         for gpu in range(gpus):
             part = _flat(gpu, rows.d)
             for start in range(ends[gpu], ends[gpu + 1], BLOCK):
-                part.add(decoded(rows, start, min(start + BLOCK, ends[gpu + 1])))
+                part.add(rows.decoded(start, min(start + BLOCK, ends[gpu + 1])))
             parts.add_shard(part)
     except RuntimeError as error:
         first = str(error).partition("\n")[0]

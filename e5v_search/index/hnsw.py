@@ -8,8 +8,8 @@ import numpy as np
 from e5v_search.index.base import Found
 from e5v_search.index.library import faiss_errors, library
 from e5v_search.index.recipe import Recipe
-from e5v_search.index.rows import codes_of, quantiser, selector
-from e5v_search.index.scan import Scan, blocks, opened, serialised
+from e5v_search.index.rows import Rows, quantiser, selector
+from e5v_search.index.scan import BLOCK, Scan, opened, serialised
 from e5v_search.index.sealed import IndexDamaged
 
 
@@ -19,26 +19,26 @@ class Hnsw(Scan):
     kind: ClassVar[str] = "hnsw"
     filters: ClassVar[bool] = False  # a walk that may only stop at few of the rows gets lost
 
-    def __init__(self, rows: Any, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
+    def __init__(self, rows: Rows, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
         super().__init__(rows, recipe, head, facts, folder)
         self._graph = opened(head, library().IO_FLAG_SKIP_STORAGE)
         if self._graph.ntotal != rows.ntotal:
             raise IndexDamaged("its links do not belong to its rows")
-        self._graph.storage = rows
+        self._graph.storage = rows.index
         self._graph.own_fields = False
 
     @classmethod
-    def build(cls, rows: Any, recipe: Recipe, path: Path) -> Self:
+    def build(cls, rows: Rows, recipe: Recipe, path: Path) -> Self:
         faiss = library()
         half = faiss.ScalarQuantizer.QT_fp16
         graph = faiss.IndexHNSWSQ(rows.d, half, recipe.links, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = recipe.ef_build
         return cls(rows, recipe, _linked(graph, rows, 0), {}, path.parent)
 
-    def extended(self, rows: Any, path: Path) -> Self:
+    def extended(self, rows: Rows, path: Path) -> Self:
         graph = opened(self.head, library().IO_FLAG_SKIP_STORAGE)
         held = quantiser(rows.d)
-        held.add_sa_codes(codes_of(self.rows))
+        held.add_sa_codes(self.rows.codes)
         graph.storage, graph.own_fields = held, False
         return type(self)(rows, self.recipe, _linked(graph, rows, self.rows.ntotal), {}, path.parent)
 
@@ -50,8 +50,8 @@ class Hnsw(Scan):
         return found
 
 
-def _linked(graph: Any, rows: Any, start: int) -> bytes:
-    for _, x in blocks(rows, start):
+def _linked(graph: Any, rows: Rows, start: int) -> bytes:
+    for _, x in rows.blocks(start, BLOCK):
         with faiss_errors():
             graph.add(x)
     return serialised(graph, library().IO_FLAG_SKIP_STORAGE)

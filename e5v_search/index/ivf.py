@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from e5v_search.index import column
-from e5v_search.index.base import Found
+from e5v_search.index.coded import Coded, told
 from e5v_search.index.library import faiss_errors, library
 from e5v_search.index.recipe import Recipe, lists_for
-from e5v_search.index.rows import selector
-from e5v_search.index.scan import SEED, Scan, blocks, opened, reranked, sample, search_reranked, serialised
+from e5v_search.index.rows import Rows
+from e5v_search.index.scan import BLOCK, SEED, opened, serialised
 from e5v_search.index.sealed import IndexDamaged
 
 _SAMPLE = 40  # rows for each list that k-means sees
@@ -19,15 +19,14 @@ _ROUNDS = 10
 _GROWTH = 4  # times as many lists as there are: then the centres are found anew
 
 
-class Ivf(Scan):
+class Ivf(Coded):
     """The file of codes holds list after list, first its codes, then the positions of its rows (int64)."""
 
     kind: ClassVar[str] = "ivf"
 
-    def __init__(self, rows: Any, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
+    def __init__(self, rows: Rows, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
         super().__init__(rows, recipe, head, facts, folder)
         faiss = library()
-        self.codes = folder / facts["codes"]
         self._coarse = opened(head)
         self._ivf = faiss.downcast_index(self._coarse.index)
         self._sizes = np.array(facts["lists"], np.int64)
@@ -42,7 +41,7 @@ class Ivf(Scan):
         self._mapped = self._as_lists()
         self._ivf.replace_invlists(self._mapped, False)
         self._ivf.ntotal = rows.ntotal
-        self._refine = reranked(self._coarse, rows)
+        self._ivf.parallel_mode = 1  # a single query's lists are shared out among FAISS's threads
 
     def _lists(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Codes (m, code_size) and positions (m,) of each list."""
@@ -66,7 +65,7 @@ class Ivf(Scan):
         return lists
 
     @classmethod
-    def build(cls, rows: Any, recipe: Recipe, path: Path) -> Self:
+    def build(cls, rows: Rows, recipe: Recipe, path: Path) -> Self:
         faiss = library()
         rotation = faiss.HadamardRotation(rows.d, SEED)
         nlist = min(recipe.lists or lists_for(rows.ntotal), rows.ntotal)
@@ -74,34 +73,33 @@ class Ivf(Scan):
         ivf.cp.niter, ivf.cp.seed, ivf.cp.min_points_per_centroid = _ROUNDS, SEED, 1
         coarse = faiss.IndexPreTransform(rotation, ivf)
         with faiss_errors():
-            coarse.train(sample(rows, _SAMPLE * nlist))
+            coarse.train(rows.sample(_SAMPLE * nlist))
         head = serialised(coarse)
         return cls(rows, recipe, head, _written(coarse, rows, 0, path, None), path.parent)
 
-    def extended(self, rows: Any, path: Path) -> Self:
+    def extended(self, rows: Rows, path: Path) -> Self:
         facts = _written(opened(self.head), rows, self.rows.ntotal, path, self)
         return type(self)(rows, self.recipe, self.head, facts, path.parent)
 
-    def search(self, xq: np.ndarray, width: int, chosen: np.ndarray | None, effort: int) -> Found:
+    def _candidates(self, xq: np.ndarray, most: int, chosen: np.ndarray | None, effort: int) -> np.ndarray:
         faiss = library()
         probes = min(self.recipe.probes * effort, self._ivf.nlist)
-        choice = {} if chosen is None else {"sel": selector(chosen)}
-        parameters = faiss.IVFRaBitQSearchParameters(nprobe=probes, qb=self.recipe.query_bits, **choice)
-        return search_reranked(self._refine, xq, min(max(width, self.recipe.candidates), self.rows.ntotal), parameters)
+        inner = faiss.IVFRaBitQSearchParameters(nprobe=probes, **told(chosen, self.recipe))
+        with faiss_errors():
+            near: np.ndarray = self._coarse.search(xq, most, params=faiss.SearchParametersPreTransform(index_params=inner))[1]
+        return near
+
+    _shared = _candidates
 
     def outgrown(self, n: int) -> bool:
         return not self.recipe.lists and lists_for(n) >= _GROWTH * self._ivf.nlist
 
-    def problems(self) -> list[str]:
-        right = column.checksum(self._data) == self.facts["codes_crc32"]
-        return [] if right else [f"the checksum of {self.codes.name} is wrong"]
 
-
-def _written(coarse: Any, rows: Any, start: int, path: Path, before: Ivf | None) -> dict[str, Any]:
+def _written(coarse: Any, rows: Rows, start: int, path: Path, before: Ivf | None) -> dict[str, Any]:
     """Facts of a new file with the lists of `before` and, behind those of each, the rows from `start` on."""
     faiss = library()
     ivf = faiss.downcast_index(coarse.index)
-    for at, x in blocks(rows, start):
+    for at, x in rows.blocks(start, BLOCK):
         with faiss_errors():
             coarse.add_with_ids(x, np.arange(at, at + len(x)))
     lists = ivf.invlists

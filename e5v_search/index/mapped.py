@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-from e5v_search.index import column, rows
+from e5v_search.index import column
 from e5v_search.index.base import Found, Index, Places, Stamp, best, distinct, matrix, merged
 from e5v_search.index.flat import FlatIndex
 from e5v_search.index.gpu import OnGpu
@@ -21,6 +21,7 @@ from e5v_search.index.hnsw import Hnsw
 from e5v_search.index.ivf import Ivf
 from e5v_search.index.onebit import OneBit
 from e5v_search.index.recipe import Recipe
+from e5v_search.index.rows import Rows, search
 from e5v_search.index.scan import Scan
 from e5v_search.index.sealed import sealing, unsealed
 
@@ -132,7 +133,7 @@ class MappedIndex(Index):
         places = self._of(ids)
         inside = places >= 0
         x = np.empty((len(ids), self._d), np.float32)
-        x[inside] = rows.codes_of(self._scan.rows)[places[inside]].view(np.float16).astype(np.float32)
+        x[inside] = self._scan.rows.vectors(places[inside])
         if not inside.all():
             x[~inside] = self._tail.vectors(ids[~inside])
         return x
@@ -145,7 +146,7 @@ class MappedIndex(Index):
             places = np.unique(self._of(ids))
             places = places[places >= 0]
             if len(places) <= _EXACT_ROWS or not self._scan.filters:
-                found = rows.search_places(self._scan.rows, xq, k, places, self._ids)
+                found = self._scan.rows.search(xq, k, places, self._ids)
             else:
                 chosen = np.zeros(len(self._ids), dtype=bool)
                 chosen[places] = True
@@ -159,7 +160,7 @@ class MappedIndex(Index):
             D, I = self._scan.search(xq, width, chosen, effort)  # noqa: E741
             if (I[:, :least] >= 0).all():
                 return D, I
-        return rows.search(self._scan.rows, xq, width, chosen)
+        return search(self._scan.rows.index, xq, width, chosen)
 
     # files
 
@@ -177,10 +178,9 @@ class MappedIndex(Index):
         stem = _stem(path)
         rows_path = stem.with_name(f"{stem.name}.rows")
         try:
-            size, _ = column.append(rows_path, halves())
+            column.append(rows_path, halves())
             ids = np.concatenate(seen)
-            held = rows.view(rows.quantiser(d), column.mapped(rows_path, size).reshape(-1, 2 * d))
-            scan = SCANS[recipe.kind].build(held, recipe, stem)
+            scan = SCANS[recipe.kind].build(Rows.mapped(rows_path, d, len(ids)), recipe, stem)
         except BaseException:
             for left in stem.parent.glob(f"{stem.name}.*"):
                 left.unlink(missing_ok=True)
@@ -195,10 +195,10 @@ class MappedIndex(Index):
         if not self._tail.ntotal:
             return
         new = self._tail.ids()
-        size, _ = column.append(self._rows_path, [self._tail.codes()], 2 * self._d * len(self._ids))
-        held = rows.view(rows.quantiser(self._d), column.mapped(self._rows_path, size).reshape(-1, 2 * self._d))
-        scan = self._scan.extended(held, _stem(self._path))
-        self._hold(np.concatenate([self._ids, new]), np.concatenate([self._dead, np.zeros(len(new), bool)]), scan)
+        column.append(self._rows_path, [self._tail.codes()], 2 * self._d * len(self._ids))
+        ids = np.concatenate([self._ids, new])
+        scan = self._scan.extended(Rows.mapped(self._rows_path, self._d, len(ids)), _stem(self._path))
+        self._hold(ids, np.concatenate([self._dead, np.zeros(len(new), bool)]), scan)
 
     def save(self, path: Path) -> None:
         self.absorb()
@@ -230,8 +230,7 @@ class MappedIndex(Index):
             ids = np.frombuffer(file.read(8 * n), np.int64)
             dead = np.unpackbits(np.frombuffer(file.read((n + 7) // 8), np.uint8), count=n).astype(bool)
         rows_path = path.with_name(facts["rows"])
-        held = rows.view(rows.quantiser(d), column.mapped(rows_path, 2 * d * n).reshape(n, 2 * d))
-        scan = SCANS[facts["kind"]](held, Recipe(**facts["recipe"]), head, facts["scan"], path.parent)
+        scan = SCANS[facts["kind"]](Rows.mapped(rows_path, d, n), Recipe(**facts["recipe"]), head, facts["scan"], path.parent)
         index = cls(path, rows_path, d, ids, dead, scan)
         index.stamp = Stamp(facts["uid"], facts["state"])
         return index

@@ -39,7 +39,7 @@ class Recipe:
 
     kind: Kind
     candidates: int = 400  # rows whose exact score is taken, at least; more where more results are asked for
-    query_bits: int = 4  # in which a number of the query is held while it is compared with the one-bit rows
+    query_bits: int = 2  # in which a number of the query is held while it is compared with the one-bit rows
     lists: int = 0  # into which the rows are divided; 0: about the square root of their number
     probes: int = 64  # lists that a search looks into
     links: int = 32  # of each row to near ones, twice as many on the lowest level

@@ -1,13 +1,20 @@
-"""Half-precision rows as FAISS's scalar quantiser has them, in memory or mapped from a file, and their exact scan."""
+"""Half-precision rows as FAISS's scalar quantiser has them, in memory or in a file, and their exact scan."""
 
-from typing import Any
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
-from e5v_search.index.base import Found, best
+from e5v_search.errors import CollectionError
+from e5v_search.index import column
+from e5v_search.index.base import Found, best, merged
 from e5v_search.index.library import faiss_errors, library
 
-_GATHERED = 1 << 26  # bytes of rows that a search of few of them may copy
+_COPIED = 1 << 26  # bytes of rows that a search of few of them copies at once
+_MAPPED = 1 << 30  # bytes of a file that may come to lie in this process's memory as searches touch them
 
 
 def quantiser(d: int) -> Any:
@@ -35,35 +42,100 @@ def selector(chosen: np.ndarray) -> Any:
     return library().IDSelectorBitmap(np.packbits(chosen, bitorder="little"))
 
 
-def search(rows: Any, xq: np.ndarray, width: int, chosen: np.ndarray | None = None) -> Found:
+def search(index: Any, xq: np.ndarray, width: int, chosen: np.ndarray | None = None) -> Found:
     """Exactly the best `width` rows of a scalar quantiser; D, and I as places."""
     parameters = None if chosen is None else library().SearchParameters(sel=selector(chosen))
     with faiss_errors():
-        found: Found = rows.search(xq, width, params=parameters)
+        found: Found = index.search(xq, width, params=parameters)
     return found
 
 
-def search_places(rows: Any, xq: np.ndarray, k: int, places: np.ndarray, names: np.ndarray) -> Found:
-    """Exactly the best k among the distinct `places`; D, and I as `names` (of all places) call them."""
-    n, size = rows.ntotal, rows.code_size
-    # to copy few rows is cheaper than to ask of each of all whether it is meant
-    if 0 < 16 * len(places) <= n and len(places) * size <= _GATHERED:
-        few = codes_of(rows)[places]
-        of_few = view(quantiser(rows.d), few)
-        return best(lambda width: search(of_few, xq, width), k, len(places), len(xq), names[places])
-    chosen = np.zeros(n, dtype=bool)
-    chosen[places] = True
-    return best(lambda width: search(rows, xq, width, chosen), k, len(places), len(xq), names)
+class Rows:
+    """Rows (ntotal, d) behind a scalar quantiser, of which any can be had and scored.
 
+    index: FAISS's, over all of them. codes (ntotal, 2 d) uint8: the float16 numbers.
+    """
 
-def codes_of(rows: Any) -> np.ndarray:
-    """The codes (n, code_size) uint8 of an index of flat codes, not copied."""
-    codes: np.ndarray = library().rev_swig_ptr(rows.codes.data(), rows.ntotal * rows.code_size)
-    return codes.reshape(rows.ntotal, rows.code_size)
+    def __init__(self, index: Any, path: Path | None = None) -> None:
+        self.index = index
+        self.d = int(index.d)
+        self.ntotal = int(index.ntotal)
+        codes: np.ndarray = library().rev_swig_ptr(index.codes.data(), self.ntotal * index.code_size)
+        self.codes = codes.reshape(self.ntotal, index.code_size)
+        self._path = path
+        self._file: int | None = None
+        # the system maps up to two megabytes around a row that is touched: of a large file all would soon be resident
+        if path is not None and codes.size > _MAPPED and hasattr(os, "pread"):
+            self._file = column.opened(path)
+            weakref.finalize(self, os.close, self._file)
 
+    @classmethod
+    def mapped(cls, path: Path, d: int, n: int) -> Self:
+        """The first n rows of a file. Raises IndexDamaged if there are fewer."""
+        return cls(view(quantiser(d), column.mapped(path, 2 * d * n).reshape(n, 2 * d)), path)
 
-def decoded(rows: Any, start: int, stop: int) -> np.ndarray:
-    """Rows start:stop as float32 (stop - start, d)."""
-    with faiss_errors():
-        x: np.ndarray = rows.reconstruct_n(start, stop - start)
-    return x
+    def read(self, places: np.ndarray) -> np.ndarray:
+        """The codes (n, 2 d) uint8 at places (n,), copied. Raises CollectionError."""
+        if self._file is None or self._path is None:
+            codes: np.ndarray = self.codes[places]
+            return codes
+        size = self.codes.shape[1]
+        try:
+            data = b"".join([os.pread(self._file, size, at) for at in (places * size).tolist()])
+        except OSError as error:
+            raise CollectionError(f"{self._path} cannot be read: {error.strerror or error}") from error
+        if len(data) != len(places) * size:
+            raise CollectionError(f"{self._path.name} was cut short; make the index anew with: e5v-search rebuild")
+        return np.frombuffer(data, np.uint8).reshape(-1, size)
+
+    def vectors(self, places: np.ndarray) -> np.ndarray:
+        """The rows (n, d) float32 at places (n,)."""
+        x: np.ndarray = self.read(places).view(np.float16).astype(np.float32)
+        return x
+
+    def decoded(self, start: int, stop: int) -> np.ndarray:
+        """Rows start:stop as float32 (stop - start, d)."""
+        with faiss_errors():
+            x: np.ndarray = self.index.reconstruct_n(start, stop - start)
+        return x
+
+    def blocks(self, start: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The rows from `start` on, by `size`: (position of the first, float32 (m, d))."""
+        for at in range(start, self.ntotal, size):
+            yield at, self.decoded(at, min(at + size, self.ntotal))
+
+    def sample(self, most: int) -> np.ndarray:
+        """(m, d) float32, at most `most` rows, evenly spread."""
+        return self.vectors(np.unique(np.linspace(0, self.ntotal - 1, min(most, self.ntotal)).astype(np.int64)))
+
+    def ranked(self, xq: np.ndarray, candidates: np.ndarray, width: int) -> Found:
+        """Exactly the best `width` for each query among its `candidates` (nq, m), distinct places or -1.
+
+        D (nq, width), I as places; where there are fewer, -inf and -1.
+        """
+        D = np.full((len(xq), width), -np.inf, np.float32)
+        I = np.full((len(xq), width), -1, np.int64)  # noqa: E741
+        for n, own in enumerate(candidates):
+            near, places = self._best_of(own[own >= 0], xq[n : n + 1], width)
+            D[n, : near.shape[1]], I[n, : near.shape[1]] = near[0], places[0]
+        return D, I
+
+    def search(self, xq: np.ndarray, k: int, places: np.ndarray, names: np.ndarray) -> Found:
+        """Exactly the best k among the distinct `places`; D, and I as `names` (of all places) call them."""
+        # to copy few rows is cheaper than to ask of each of all whether it is meant
+        if 16 * len(places) <= self.ntotal:
+            return best(lambda width: self._best_of(places, xq, width), k, len(places), len(xq), names)
+        chosen = np.zeros(self.ntotal, dtype=bool)
+        chosen[places] = True
+        return best(lambda width: search(self.index, xq, width, chosen), k, len(places), len(xq), names)
+
+    def _best_of(self, places: np.ndarray, xq: np.ndarray, width: int) -> Found:
+        """D, and I as places, (nq, least of width and n) for places (n,)."""
+        found = np.empty((len(xq), 0), np.float32), np.empty((len(xq), 0), np.int64)
+        places = np.sort(places)  # as they lie on the disk
+        step = max(1, _COPIED // self.codes.shape[1])
+        for start in range(0, len(places), step):
+            some = places[start : start + step]
+            D, at = search(view(quantiser(self.d), self.read(some)), xq, min(width, len(some)))
+            found = merged(found, (D, some[at]), width)
+        return found

@@ -1,16 +1,15 @@
 """What finds candidates among mapped rows: the part of a `MappedIndex` in which its kinds differ."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from e5v_search.index.base import Found
-from e5v_search.index.library import faiss_errors, library
+from e5v_search.index.library import library
 from e5v_search.index.recipe import Recipe
-from e5v_search.index.rows import decoded
+from e5v_search.index.rows import Rows
 from e5v_search.index.sealed import IndexDamaged
 
 BLOCK = 4096  # rows decoded at once
@@ -21,14 +20,14 @@ class Scan(ABC):
     """Positions of the rows that are probably the nearest, with their exact scores.
 
     `head` is what of it FAISS writes and reads; `facts`, and a file in `folder` that they name, hold the rest. All positions
-    are those of `rows`, a scalar quantiser over mapped rows. Nothing of a scan ever changes but the part of the recipe that
+    are those of `rows`. Nothing of a scan ever changes but the part of the recipe that
     says how to search: `extended` makes a new one. The constructor raises IndexDamaged.
     """
 
     kind: ClassVar[str]
     filters: ClassVar[bool] = True  # finds as well among a part of the rows
 
-    def __init__(self, rows: Any, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
+    def __init__(self, rows: Rows, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
         self.rows = rows
         self.recipe = recipe
         self.head = head
@@ -37,11 +36,11 @@ class Scan(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, rows: Any, recipe: Recipe, path: Path) -> Self:
+    def build(cls, rows: Rows, recipe: Recipe, path: Path) -> Self:
         """A scan of all rows; what it puts into a file goes to a new one whose name begins as `path`."""
 
     @abstractmethod
-    def extended(self, rows: Any, path: Path) -> Self:
+    def extended(self, rows: Rows, path: Path) -> Self:
         """A scan of `rows`, of which the first are those of this one."""
 
     @abstractmethod
@@ -58,42 +57,6 @@ class Scan(ABC):
     def problems(self) -> list[str]:
         """What is wrong with its file; reads all of it."""
         return []
-
-
-def sample(rows: Any, most: int) -> np.ndarray:
-    """(m, d) float32, at most `most` rows, evenly spread."""
-    places = np.unique(np.linspace(0, rows.ntotal - 1, min(most, rows.ntotal)).astype(np.int64))
-    x: np.ndarray = rows.reconstruct_batch(places)
-    return x
-
-
-def blocks(rows: Any, start: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows from `start` on, (position of the first, float32 (m, d))."""
-    for at in range(start, rows.ntotal, BLOCK):
-        yield at, decoded(rows, at, min(at + BLOCK, rows.ntotal))
-
-
-def reranked(coarse: Any, rows: Any) -> Any:
-    """FAISS's search that takes candidates from `coarse` (IndexPreTransform) and their scores from `rows`, both kept outside.
-
-    What `coarse` measures by is nobody's business: it is told apart by L2, which serves rows of length 1 better.
-    """
-    faiss = library()
-    coarse.metric_type = rows.metric_type  # else they would not be let together
-    coarse.ntotal = rows.ntotal
-    refine = faiss.IndexRefine(coarse, rows)
-    refine.own_fields = refine.own_refine_index = False
-    return refine
-
-
-def search_reranked(refine: Any, xq: np.ndarray, width: int, parameters: Any) -> Found:
-    """`width` candidates of `coarse`, found with its `parameters`, best first by their exact scores."""
-    faiss = library()
-    rotated = faiss.SearchParametersPreTransform(index_params=parameters)
-    asked = faiss.IndexRefineSearchParameters(k_factor=1.0, base_index_params=rotated)
-    with faiss_errors():
-        found: Found = refine.search(xq, width, params=asked)
-    return found
 
 
 def opened(head: bytes, flags: int = 0) -> Any:

@@ -1,0 +1,73 @@
+"""Scans of rows in one bit a number (RaBitQ): 32 times fewer bytes than float32 has."""
+
+import os
+from abc import abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from e5v_search.index import column
+from e5v_search.index.base import Found
+from e5v_search.index.library import library
+from e5v_search.index.recipe import Recipe
+from e5v_search.index.rows import Rows, selector
+from e5v_search.index.scan import Scan
+
+_SPARE = 4  # candidates for each result that is asked for: their order by codes is not quite that of their scores
+
+
+class Coded(Scan):
+    """Candidates are found by codes in a file, and ranked by their rows."""
+
+    def __init__(self, rows: Rows, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
+        super().__init__(rows, recipe, head, facts, folder)
+        self.codes = folder / facts["codes"]
+        self._data = np.empty(0, np.uint8)
+
+    def search(self, xq: np.ndarray, width: int, chosen: np.ndarray | None, effort: int) -> Found:
+        most = min(max(_SPARE * width, self.recipe.candidates), self.rows.ntotal)
+        workers = library().omp_get_max_threads()
+        if len(xq) < workers:
+            near = self._shared(xq, most, chosen, effort)
+            return threads(workers).submit(self.rows.ranked, xq, near, width).result()
+
+        def some(x: np.ndarray) -> Found:
+            return self.rows.ranked(x, self._candidates(x, most, chosen, effort), width)
+
+        # by slices, so that while one thread reads rows another finds candidates
+        found = list(threads(workers).map(some, np.array_split(xq, min(len(xq), 4 * workers))))
+        D, I = (np.concatenate(parts) for parts in zip(*found, strict=True))  # noqa: E741
+        return D, I
+
+    @abstractmethod
+    def _candidates(self, xq: np.ndarray, most: int, chosen: np.ndarray | None, effort: int) -> np.ndarray:
+        """Positions (nq, most) of rows, -1 where there are no more."""
+
+    @abstractmethod
+    def _shared(self, xq: np.ndarray, most: int, chosen: np.ndarray | None, effort: int) -> np.ndarray:
+        """The same for fewer queries than there are threads, which share the work for each."""
+
+    def problems(self) -> list[str]:
+        right = column.checksum(self._data) == self.facts["codes_crc32"]
+        return [] if right else [f"the checksum of {self.codes.name} is wrong"]
+
+
+def told(chosen: np.ndarray | None, recipe: Recipe) -> dict[str, Any]:
+    """What FAISS's search parameters say of both kinds: which rows, and how the query is compared."""
+    # centred: around 0 and without its few extreme numbers, two bits serve as well as three from the least to the greatest
+    how = {"qb": recipe.query_bits, "centered": True}
+    return how if chosen is None else how | {"sel": selector(chosen)}
+
+
+def threads(n: int) -> ThreadPoolExecutor:
+    """n threads that are kept: to begin them for a single query takes a third of its time. A forked process has its own."""
+    return _threads(os.getpid(), n)
+
+
+@cache
+def _threads(process: int, n: int) -> ThreadPoolExecutor:
+    # FAISS would divide the work of each of them again
+    return ThreadPoolExecutor(n, "scan", initializer=library().omp_set_num_threads, initargs=(1,))
