@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from e5v_search.backbones.config import TextConfig
+from e5v_search.backbones.layout import Padded
 from e5v_search.backbones.modules import TextDecoder
 from e5v_search.training.packed import last_states, pack
 
@@ -24,7 +25,7 @@ def decoder(key_value_heads: int = 2, layers: int = 3) -> TextDecoder:
 
 def padded(d: TextDecoder, ids: Ids) -> Tensor:
     rows = [d.embed_tokens(torch.tensor(row)) for row in ids]
-    out: Tensor = d(nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in ids]))
+    out: Tensor = d(*Padded.of(rows))
     return out
 
 

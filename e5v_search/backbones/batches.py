@@ -1,6 +1,8 @@
 """Inputs through a model in batches as large as a device takes."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -29,11 +31,12 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 class Batches:
-    """`tokens` is the most that a batch may hold, padding included. When memory runs out, `relieve` is asked to give up
-    what it can (-> bytes); when that is nothing, `tokens` is halved, and kept so."""
+    """`tokens` is the most that a batch may hold; unless rows are `packed`, the padding to the longest of them is
+    counted too. When memory runs out, `relieve` is asked to give up what it can (-> bytes); when that is nothing, `tokens`
+    is halved, and kept so."""
 
-    def __init__(self, device: torch.device, relieve: Callable[[], int]) -> None:
-        self.device, self.relieve = device, relieve
+    def __init__(self, device: torch.device, relieve: Callable[[], int], packed: bool = False) -> None:
+        self.device, self.relieve, self.packed = device, relieve, packed
         self.tokens = _TOKENS[device.type]
 
     def cut(self, rows: Sequence[T], length: Callable[[T], int], into: int = 1) -> Iterator[list[T]]:
@@ -46,14 +49,24 @@ class Batches:
         if into > 1 and (total := sum(map(length, rows))) >= into * _LEAST:
             lists = into * -(-total // (into * budget))
             budget = min(budget, total // lists + length(order[0]) - 1)
-        while order:
-            # the first is what the others are padded to: where there is enough without them, they need not be
-            longest = length(order[0])
-            n = max(1, budget // longest)
-            enough = -(-self.tokens // (_ENOUGH * longest))
-            n = next((i for i in range(enough, min(n, len(order))) if length(order[i]) < _ALIKE * longest), n)
-            yield order[:n]
-            order = order[n:]
+        together = self._packed if self.packed else self._padded
+        lengths = [length(row) for row in order]
+        start = 0
+        while start < len(order):
+            end = start + max(1, together(lengths[start:], budget))
+            yield order[start:end]
+            start = end
+
+    def _packed(self, lengths: list[int], budget: int) -> int:
+        """How many of these, the longest first, go into a batch."""
+        return bisect_right(list(accumulate(lengths)), budget)
+
+    def _padded(self, lengths: list[int], budget: int) -> int:
+        longest = lengths[0]
+        n = budget // longest
+        # the first is what the others are padded to: where there is enough without them, they need not be
+        enough = -(-self.tokens // (_ENOUGH * longest))
+        return next((i for i in range(enough, min(n, len(lengths))) if lengths[i] < _ALIKE * longest), n)
 
     def run(self, rows: Sequence[T], length: Callable[[T], int], forward: Callable[[list[T]], Iterable[R]]) -> list[R]:
         """`forward` of all rows, which gives one result for each, in their order. Raises OutOfMemory for a single row.

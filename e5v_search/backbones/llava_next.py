@@ -22,6 +22,7 @@ from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.prefix import Beginning, Key, PrefixMemory, default_limit, digest
 from e5v_search.backbones.prompt_encoder import PromptEncoder
 from e5v_search.backbones.tiles import Size, Tiles, TileSpec, cut, enough, token_count
+from e5v_search.backbones.varlen import kernel_for
 from e5v_search.backbones.words import LanguageModel
 from e5v_search.config import ModelChoice
 from e5v_search.embedder import Fingerprint, Picture
@@ -118,7 +119,8 @@ class LlavaNextEmbedder(LanguageModel):
             dim=cut,
         )
         self.memory = PrefixMemory(default_limit(self.device))
-        self.batches = Batches(self.device, self.memory.clear)
+        self.model.kernel = kernel_for(text, self.device, self.dtype)
+        self.batches = Batches(self.device, self.memory.clear, packed=self.model.kernel is not None)
 
     # what goes in
 
@@ -184,7 +186,7 @@ class LlavaNextEmbedder(LanguageModel):
         picture, head = wanted
         known = self.memory.picture(content) if (content := _content(picture)) else None
         if known is not None and (prefix := self.memory.get(Key(known, head))) is not None:
-            return Beginning(Key(known, head), prefix.shape[3], prefix=prefix)
+            return Beginning(Key(known, head), prefix.shape[2], prefix=prefix)
         if isinstance(picture, Image.Image):
             tiles = self.open(picture)
             return self._beginning(digest(tiles), head, tiles)

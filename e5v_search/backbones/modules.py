@@ -9,6 +9,7 @@ Shapes: b batch, t tokens, d hidden size, T tiles, p patches of a tile.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from e5v_search.backbones.config import LlavaNextConfig, TextConfig, VisionConfig
+from e5v_search.backbones.layout import Kernel, Layout, Packed, Padded, attention
 from e5v_search.backbones.pieces import in_pieces
 from e5v_search.backbones.tiles import Size, unpadded
-from e5v_search.backbones.upload import indices
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary position embedding; x (b, heads, t, d_head), rotation (b or 1, 1, t, d_head) cosines and sines."""
+    """Rotary position embedding; x (places, heads, d_head), rotation (places, 1, d_head) cosines and sines."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
@@ -147,7 +148,6 @@ class TextAttention(nn.Module):
     def __init__(self, c: TextConfig) -> None:
         super().__init__()
         self.head_dim = c.head_dim
-        self.grouped = c.num_key_value_heads != c.num_attention_heads
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, q, bias=c.attention_bias)
         self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
@@ -157,15 +157,12 @@ class TextAttention(nn.Module):
     def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         return rotate(self._heads(self.k_proj(x)), rotation), self._heads(self.v_proj(x))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
-        """Without a mask: causal, and x stands where k and v were made."""
-        q = rotate(self._heads(self.q_proj(x)), rotation)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, rotation: Rotation, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        out: Tensor = self.o_proj(attend(rotate(self._heads(self.q_proj(x)), rotation)).flatten(-2))
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], -1, self.head_dim)
 
 
 class TextMLP(nn.Module):
@@ -186,18 +183,17 @@ class TextLayer(nn.Module):
         self.self_attn, self.mlp = TextAttention(c), TextMLP(c)
         self.input_layernorm, self.post_attention_layernorm = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
 
-    def forward(self, x: Tensor, normed: Tensor, k: Tensor, v: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
-        """`normed` is x after the input norm, which the keys and values were made from too."""
-        x = x + self.self_attn(normed, k, v, rotation, mask)
+    def forward(self, x: Tensor, normed: Tensor, rotation: Rotation, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """`normed` is x after the input norm, which the keys and values that `attend` sees were made from too."""
+        x = x + self.self_attn(normed, rotation, attend)
         return in_pieces(lambda x: x + self.mlp(self.post_attention_layernorm(x)), x)
 
 
 class TextDecoder(nn.Module):
-    """Causal: rows shorter than the batch are padded on the *right*, where nothing real can see the padding.
+    """Causal. Tokens lie as a `Layout` says.
 
-    A row may go on from a prefix that was computed before: a tensor (layers, 2, key heads, p, d_head) of its keys and
-    values; a single one is that of all rows. Every key stands at its row's own position, so causality is all that the
-    mask has to hold.
+    A row may go on from a prefix that was computed before: a tensor (layers, 2, p, key heads, d_head) of its keys and
+    values; a single one is that of all rows.
 
     With `checkpointing` a backward pass computes each layer once more instead of keeping what it saw: memory for time.
     """
@@ -211,42 +207,32 @@ class TextDecoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def rotation(self, positions: Tensor, like: Tensor) -> Rotation:
-        """positions (b or 1, t) -> cosines and sines (b or 1, 1, t, d_head)"""
+        """positions (places) -> cosines and sines (places, 1, d_head)"""
         # angles in float32 whatever the model's precision: at position 3,000 half precision is off by whole turns
         exponent = torch.arange(0, self.c.head_dim, 2, dtype=torch.float32, device=like.device) / self.c.head_dim
-        angles = positions[:, None, :, None].float() * self.c.rope_theta**-exponent
+        angles = positions[..., None, None].float() * self.c.rope_theta**-exponent
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
-    def forward(self, x: Tensor, lengths: Tensor, prefixes: Sequence[Tensor] | None = None) -> Tensor:
-        """(b, t, d) input embeddings, of which `lengths` (b,) are real -> (b, d), the state at each row's last one after
-        the final norm. The last layer computes keys and values alone for all other positions.
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """(places, d) input embeddings -> (b, d), the state at each row's last token after the final norm. The last layer
+        computes keys and values alone for all others.
         """
-        b, t = x.shape[:2]
-        last = lengths - 1
-        starts = indices([p.shape[3] for p in prefixes], x.device) if prefixes else last.new_zeros(1)
-        positions = starts[:, None] + torch.arange(t, device=x.device)
-        rotation = self.rotation(positions, x)
-        keys = torch.arange(t if prefixes is None else max(p.shape[3] for p in prefixes) + t, device=x.device)
-        mask = None if prefixes is None else keys <= positions[:, None, :, None]
+        cos, sin = rotation = self.rotation(layout.positions, x)
+        at_last = layout.last(cos), layout.last(sin)
 
         def through(i: int, x: Tensor) -> Tensor:
             layer = cast(TextLayer, self.layers[i])
             h = layer.input_layernorm(x)
-            k, v = layer.self_attn.keys_values(h, rotation)
-            if prefixes is not None:
-                k, v = (_behind([p[i, j] for p in prefixes], new, len(keys)) for j, new in enumerate((k, v)))
+            k, v = (layout.behind_prefix(i, j, new) for j, new in enumerate(layer.self_attn.keys_values(h, rotation)))
             y: Tensor
             if i < len(self.layers) - 1:
-                y = layer(x, h, k, v, rotation, mask)
-                return y
-            each = torch.arange(b, device=x.device)
-            x, h = x[each, last][:, None], h[each, last][:, None]
-            ends = (starts + last)[:, None]
-            y = layer(x, h, k, v, self.rotation(ends, x), keys <= ends[:, None, :, None])
+                y = layer(x, h, rotation, partial(layout.attend, k=k, v=v))
+            else:
+                y = layer(layout.last(x), layout.last(h), at_last, partial(layout.attend_last, k=k, v=v))
             return y
 
-        y: Tensor = self.norm(self.in_turn(through, x)[:, 0])
+        y: Tensor = self.norm(self.in_turn(through, x))
         return y
 
     def in_turn(self, through: Callable[[int, Tensor], Tensor], x: Tensor) -> Tensor:
@@ -265,39 +251,27 @@ class TextDecoder(nn.Module):
         def through(i: int, x: Tensor) -> Tensor:
             layer = cast(TextLayer, self.layers[i])
             h = layer.input_layernorm(x)
-            y: Tensor = layer(x, h, *layer.self_attn.keys_values(h, rotation), rotation, None)
+            k, v = layer.self_attn.keys_values(h, rotation)
+            y: Tensor = layer(x, h, rotation, partial(attention, k=k, v=v))
             return y
 
         y: Tensor = self.norm(self.in_turn(through, x))
         return y
 
-    def prefill(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """(b, t, d) input embeddings, of which `lengths` are real -> each row's keys and values, a tensor of its own."""
-        rotation = self.rotation(torch.arange(x.shape[1], device=x.device)[None], x)
-        shape = (len(self.layers), 2, self.c.num_key_value_heads)
-        out = [x.new_empty(*shape, n, self.c.head_dim) for n in lengths]
+    def prefill(self, x: Tensor, layout: Padded | Packed, lengths: Sequence[int]) -> list[Tensor]:
+        """(places, d) input embeddings of rows of `lengths` tokens -> each row's keys and values, a tensor of its own."""
+        rotation = self.rotation(layout.positions, x)
+        heads = self.c.num_key_value_heads, self.c.head_dim
+        out = [x.new_empty(len(self.layers), 2, n, *heads) for n in lengths]
         for i, layer in enumerate(cast(Sequence[TextLayer], self.layers)):
             h = layer.input_layernorm(x)
             k, v = layer.self_attn.keys_values(h, rotation)
-            for row, prefix in enumerate(out):
-                prefix[i, 0], prefix[i, 1] = (new[row, :, : lengths[row]] for new in (k, v))
+            for j, new in enumerate((k, v)):
+                for prefix, row in zip(out, layout.split(new, lengths), strict=True):
+                    prefix[i, j] = row
             if i < len(self.layers) - 1:
-                x = layer(x, h, k, v, rotation, None)
+                x = layer(x, h, rotation, partial(layout.attend, k=k, v=v))
         return out
-
-
-def _behind(old: Sequence[Tensor], new: Tensor, length: int) -> Tensor:
-    """Each row's old keys or values (heads, p_i, d_head), or one for all, and behind them its new ones (b, heads, t, d_head),
-    in `length` places; what is left is zero: masked, but a stray NaN would come through.
-    """
-    b, heads, t, d_head = new.shape
-    if len(old) == 1:
-        return torch.cat((old[0].expand(b, -1, -1, -1), new), dim=2)
-    out = new.new_zeros(b, heads, length, d_head)
-    for row, past in enumerate(old):
-        p = past.shape[1]
-        out[row, :, :p], out[row, :, p : p + t] = past, new[row]
-    return out
 
 
 class LlavaNext(nn.Module):
@@ -308,6 +282,7 @@ class LlavaNext(nn.Module):
         self.multi_modal_projector = Projector(config)
         self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
         self.language_model = TextDecoder(config.text_config)
+        self.kernel: Kernel | None = None  # with one, rows are packed
 
     def image_features(self, pixels: Tensor, sizes: Sequence[Size], grids: Sequence[Size]) -> list[Tensor]:
         """Visual tokens of each picture, (n_i, d): its base tile, then its unpadded rows, if any, each ended by a newline.
@@ -332,15 +307,16 @@ class LlavaNext(nn.Module):
         return torch.cat((tiles[0], torch.cat((patches, newline), dim=1).flatten(0, 1)))
 
     def last_hidden(self, rows: Sequence[Tensor], prefixes: Sequence[Tensor] | None = None) -> Tensor:
-        """The state at the last position of each row of input embeddings (n_i, d), in one padded batch: (b, d).
+        """The state at the last position of each row of input embeddings (n_i, d), in one batch: (b, d).
 
         With `prefixes` (see `TextDecoder`) a row goes on from what was computed before.
         """
-        lengths = indices([len(row) for row in rows], rows[0].device)
-        out: Tensor = self.language_model(nn.utils.rnn.pad_sequence(list(rows), batch_first=True), lengths, prefixes)
+        out: Tensor = self.language_model(*self._laid_out(rows, prefixes))
         return out
 
     def prefill(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """Keys and values of rows (n_i, d) that begin other rows, each (layers, 2, key heads, n_i, d_head)."""
-        x = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        return self.language_model.prefill(x, [len(row) for row in rows])
+        """Keys and values of rows (n_i, d) that begin other rows, each (layers, 2, n_i, key heads, d_head)."""
+        return self.language_model.prefill(*self._laid_out(rows), [len(row) for row in rows])
+
+    def _laid_out(self, rows: Sequence[Tensor], prefixes: Sequence[Tensor] | None = None) -> tuple[Tensor, Padded | Packed]:
+        return Padded.of(rows, prefixes) if self.kernel is None else Packed.of(rows, self.kernel, prefixes)

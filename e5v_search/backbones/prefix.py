@@ -25,7 +25,7 @@ class Key:
 class Beginning:
     """Token ids up to a picture, and the picture: to be computed from `tiles`, or computed already, `prefix`.
 
-    A prefix is a tensor (layers, 2, key heads, length, d_head) of keys and values.
+    A prefix is a tensor (layers, 2, length, key heads, d_head) of keys and values.
     """
 
     key: Key

@@ -9,13 +9,12 @@ What is shared is shared in chance too: with dropout inside the layers, one draw
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from e5v_search.backbones.modules import TextDecoder, TextLayer, rotate
+from e5v_search.backbones.layout import Layout, attention
+from e5v_search.backbones.modules import TextDecoder
 
 
 @dataclass(frozen=True)
@@ -47,32 +46,27 @@ def pack(ids: Sequence[Sequence[int]], device: torch.device) -> Packed:
     return Packed(*(torch.tensor(values, device=device) for values in (tokens, rows, first, last)))
 
 
+class _Tree(Layout):
+    """(n, ...): the beginnings. Attention alone lays them out as the rows (b, t, ...) that they make up."""
+
+    def __init__(self, packed: Packed) -> None:
+        b, t = packed.rows.shape
+        self._rows, self._first = packed.rows, packed.first
+        self.positions = packed.first % t
+        self._ends = packed.rows[torch.arange(b, device=packed.last.device), packed.last]
+        self._seen = torch.arange(t, device=packed.last.device) <= packed.last[:, None, None, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q[self._rows], k[self._rows], v[self._rows]).flatten(0, 1)[self._first]
+
+    def last(self, x: Tensor) -> Tensor:
+        return x[self._ends]
+
+    def attend_last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q[:, None], k[self._rows], v[self._rows], self._seen)[:, 0]
+
+
 def last_states(decoder: TextDecoder, packed: Packed) -> Tensor:
     """(b, d): the state at each row's last token after the final norm, as `decoder` gives it for padded rows."""
-    b, t = packed.rows.shape
-    x = decoder.embed_tokens(packed.tokens)
-    rotation = decoder.rotation(torch.arange(t, device=x.device)[None], x)
-    ends = packed.rows[torch.arange(b, device=x.device), packed.last]
-
-    def through(i: int, x: Tensor) -> Tensor:
-        layer = cast(TextLayer, decoder.layers[i])
-        attention = layer.self_attn
-        h = layer.input_layernorm(x)
-
-        def heads(projection: nn.Module) -> Tensor:
-            flat: Tensor = projection(h)
-            return flat[packed.rows].reshape(b, t, -1, attention.head_dim).transpose(1, 2)
-
-        k, v = rotate(heads(attention.k_proj), rotation), heads(attention.v_proj)
-        if i == len(decoder.layers) - 1:
-            seen = torch.arange(t, device=x.device) <= packed.last[:, None, None, None]
-            of_ends: Tensor = layer(x[ends, None], h[ends, None], k, v, decoder.rotation(packed.last[:, None], x), seen)
-            return of_ends[:, 0]
-        q = rotate(heads(attention.q_proj), rotation)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=attention.grouped)
-        x = x + attention.o_proj(mixed.transpose(1, 2).reshape(b * t, -1)[packed.first])
-        out: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
-        return out
-
-    states: Tensor = decoder.norm(decoder.in_turn(through, x))
+    states: Tensor = decoder(decoder.embed_tokens(packed.tokens), _Tree(packed))
     return states
