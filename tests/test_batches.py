@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -55,6 +56,16 @@ def test_what_there_is_to_do_is_dealt_out_evenly(n: int, length: int, into: int,
 def test_a_row_much_shorter_than_the_first_begins_a_list_when_there_is_enough_in_the_one_before() -> None:
     lengths = [100] * 2 + [95] + [50] * 5 + [40] * 3  # 2,048 tokens, of which one in eight is enough
     assert [len(some) for some in on_a_processor().cut(lengths, lambda n: n)] == [3, 8 - 3 + 1, 2]
+
+
+@given(st.lists(st.integers(1, 900), max_size=80), st.integers(1, 4000))
+def test_packed_lists_are_as_full_as_the_budget_allows(lengths: list[int], tokens: int) -> None:
+    batches = on_a_processor(tokens)
+    batches.packed = True
+    cut = [[lengths[i] for i in some] for some in batches.cut(range(len(lengths)), lambda i: lengths[i])]
+    assert [n for some in cut for n in some] == sorted(lengths, reverse=True)
+    assert all(len(some) == 1 or sum(some) <= tokens for some in cut)
+    assert all(sum(some) + after[0] > tokens for some, after in pairwise(cut))
 
 
 def test_two_batches_are_under_way_at_a_time_with_a_thread_each(two_threads: None) -> None:

@@ -9,8 +9,11 @@ import torch
 from pictures import noise
 
 from e5v_search.backbones import Embedder
+from e5v_search.backbones.config import TextConfig
+from e5v_search.backbones.varlen import agreement, flash
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 SIZES = [(56, 56), (100, 100), (333, 500), (500, 333), (1, 1), (1, 5000), (120, 40)]
 PICTURES = [noise(h, w) for h, w in SIZES]
@@ -50,6 +53,37 @@ def test_a_remembered_picture_equals_the_processor(folder: str) -> None:
     prepared = [embedder.prepare(picture) for picture in PICTURES]
     one, several = embedder.embed_prepared(prepared, "cirr"), embedder.embed_views(prepared, ["retrieval", "cirr"])
     assert (one * several[1]).sum(axis=1).min() > 0.9999
+
+
+@pytest.mark.skipif(not AMPERE, reason="needs a GPU from Ampere on")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_packed_rows_equal_padded_ones(folder: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = Embedder.load(folder, device="cuda", dtype=dtype)
+    assert packed.model.kernel is flash
+    assert packed.batches.packed
+    with monkeypatch.context() as m:
+        m.setattr("e5v_search.backbones.llava_next.kernel_for", lambda *where: None)
+        padded = Embedder.load(folder, device="cuda", dtype=dtype)
+    assert padded.model.kernel is None
+    texts = [*replica.SENTENCES, "a", "word " * 150, *(f"{n} dogs" for n in range(40))]
+    pairs = [(picture, change) for picture in PICTURES for change in ("make it red", "two dogs, at night, in the snow")]
+    for kind, inputs in (
+        ("texts", texts[:1]),
+        ("texts", texts),
+        ("images", PICTURES),
+        ("composed", pairs),
+        ("composed", pairs),
+    ):
+        a, b = (getattr(embedder, f"embed_{kind}")(inputs) for embedder in (packed, padded))
+        assert (a * b).sum(axis=1).min() > (0.999 if dtype == "float16" else 0.99)
+
+
+@pytest.mark.skipif(not AMPERE, reason="needs a GPU from Ampere on")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(32, 8, 128), (4, 4, 64), (4, 2, 16), (8, 1, 256), (4, 4, 40)])
+def test_the_kernel_attends_by_the_formula(dtype: torch.dtype, heads: int, key_heads: int, head_dim: int) -> None:
+    c = TextConfig("llama", 50, heads * head_dim, 96, 2, heads, key_heads, head_dim=head_dim)
+    assert agreement(flash, c, torch.device("cuda"), dtype) > 0.9999
 
 
 def test_memory_does_not_grow(folder: str) -> None:
