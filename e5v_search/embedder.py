@@ -57,7 +57,8 @@ class Embedder(Protocol):
     """One model. Embeddings are float32 arrays (n, dim) whose rows have length 1.
 
     `name` is what was asked for, `quantize` how the weights are held, `tiles` how much is read of a picture, `adapter` what
-    was asked to be merged into the model.
+    was asked to be merged into the model. So many threads as `abreast` keep its device busy: while one waits for what comes
+    of its inputs, others hand in theirs.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Embedder(Protocol):
     tiles: str
     adapter: str | None
     made_by: Fingerprint
+    abreast: int = 1
 
     @property
     def recalled_by(self) -> dict[str, Any]:

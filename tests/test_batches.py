@@ -111,3 +111,32 @@ def test_side_by_side_equals_one_after_the_other(two_threads: None, monkeypatch:
     abreast = on_a_processor().embed(rows, len, forward, 8)
     monkeypatch.setattr(batches, "_ABREAST", 1)
     np.testing.assert_allclose(abreast, on_a_processor().embed(rows, len, forward, 8), atol=1e-6)
+
+
+def test_two_batches_go_to_a_device_at_a_time_where_that_keeps_it_busy() -> None:
+    both, names = threading.Barrier(2, timeout=60), set()
+
+    def forward(rows: list[int]) -> list[int]:
+        both.wait()
+        names.add(threading.current_thread().name)
+        return [10 * row for row in rows]
+
+    device = Batches(torch.device("cuda"), lambda: 0, abreast=2)
+    device.tokens = 200
+    assert device.run([3, 1, 2, 4], lambda _: 100, forward) == [30, 10, 20, 40]
+    assert len(names) == 2
+    one = device.run([1, 2], lambda _: 100, lambda rows: [threading.current_thread().name for _ in rows])
+    assert one == [threading.current_thread().name] * 2  # a single batch is worth no thread
+
+
+def test_batches_that_were_cut_before_memory_ran_out_do_not_halve_them_again() -> None:
+    device = Batches(torch.device("cuda"), lambda: 0, abreast=2)
+    device.tokens = 400
+
+    def forward(rows: list[int]) -> list[int]:
+        if len(rows) > 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return rows
+
+    assert device.run(list(range(16)), lambda _: 100, forward) == list(range(16))
+    assert device.tokens == 200

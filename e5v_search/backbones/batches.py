@@ -33,10 +33,10 @@ def unit(x: np.ndarray) -> np.ndarray:
 class Batches:
     """`tokens` is the most that a batch may hold; unless rows are `packed`, the padding to the longest of them is
     counted too. When memory runs out, `relieve` is asked to give up what it can (-> bytes); when that is nothing, `tokens`
-    is halved, and kept so."""
+    is halved, and kept so. `abreast` batches at a time keep a device that is no processor busy."""
 
-    def __init__(self, device: torch.device, relieve: Callable[[], int], packed: bool = False) -> None:
-        self.device, self.relieve, self.packed = device, relieve, packed
+    def __init__(self, device: torch.device, relieve: Callable[[], int], *, packed: bool = False, abreast: int = 1) -> None:
+        self.device, self.relieve, self.packed, self.abreast = device, relieve, packed, abreast
         self.tokens = _TOKENS[device.type]
 
     def cut(self, rows: Sequence[T], length: Callable[[T], int], into: int = 1) -> Iterator[list[T]]:
@@ -78,11 +78,15 @@ class Batches:
         def through(batch: list[int]) -> tuple[list[int], list[R]]:
             return batch, self._halving([rows[i] for i in batch], length, forward)
 
-        abreast = min(torch.get_num_threads(), _ABREAST) if self.device.type == "cpu" else 1
-        batches = self.cut(range(len(rows)), lambda i: length(rows[i]), abreast)
-        out: dict[int, R] = {}
-        for batch, found in map(through, batches) if abreast == 1 else self._abreast(through, list(batches), abreast):
-            out |= zip(batch, found, strict=True)
+        of_processor = min(torch.get_num_threads(), _ABREAST) if self.device.type == "cpu" else 1
+        batches = list(self.cut(range(len(rows)), lambda i: length(rows[i]), of_processor))
+        if of_processor > 1:
+            done = self._abreast(through, batches, of_processor)
+        elif self.abreast > 1 and len(batches) > 1:
+            done = ahead(through, batches, self.abreast, depth=self.abreast)
+        else:
+            done = map(through, batches)
+        out = {i: one for batch, found in done for i, one in zip(batch, found, strict=True)}
         return [out[i] for i in range(len(rows))]
 
     def _abreast(self, through: Callable[[T], R], batches: Sequence[T], most: int) -> Iterator[R]:
@@ -130,6 +134,8 @@ class Batches:
             torch.cuda.empty_cache()
         if freed:
             return self._halving(batch, length, forward)
-        self.tokens = max(1, self.tokens // 2)
+        held = sum(map(length, batch)) if self.packed else len(batch) * length(batch[0])
+        if held <= self.tokens:  # else it was cut before they became fewer
+            self.tokens = max(1, self.tokens // 2)
         half = len(batch) // 2
         return self._halving(batch[:half], length, forward) + self._halving(batch[half:], length, forward)

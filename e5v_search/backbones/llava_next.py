@@ -18,10 +18,13 @@ from e5v_search import media
 from e5v_search.backbones import checkpoint, registry
 from e5v_search.backbones.batches import TEXTS, WINDOW, Batches, unit
 from e5v_search.backbones.config import LlavaNextConfig
+from e5v_search.backbones.layout import Padded
 from e5v_search.backbones.modules import LlavaNext
 from e5v_search.backbones.prefix import Beginning, Key, PrefixMemory, default_limit, digest
 from e5v_search.backbones.prompt_encoder import PromptEncoder
+from e5v_search.backbones.recorded import Recorded, cuda_graphs
 from e5v_search.backbones.tiles import Size, Tiles, TileSpec, cut, enough, token_count
+from e5v_search.backbones.upload import indices, link
 from e5v_search.backbones.varlen import kernel_for
 from e5v_search.backbones.words import LanguageModel
 from e5v_search.config import ModelChoice
@@ -102,7 +105,8 @@ class LlavaNextEmbedder(LanguageModel):
         large = 0 if self.quantize in checkpoint.PACKED else text.parameters
         self.dtype = checkpoint.pick_dtype(choice.dtype, self.device, large)
         self.encoder = PromptEncoder.read(source.folder, source.said(text.wording), text.max_tokens)
-        spec, self._mean, self._std = preprocessing(source.folder, config)
+        spec, *mean_std = preprocessing(source.folder, config)
+        self._mean, self._std = ((255 * values).to(self.device) for values in mean_std)
         self.spec, self.tiles = spec.limited(choice.tiles)
         cut = source.cut(text.hidden_size, choice.dim)
         self.dim = cut or text.hidden_size
@@ -120,7 +124,14 @@ class LlavaNextEmbedder(LanguageModel):
         )
         self.memory = PrefixMemory(default_limit(self.device))
         self.model.kernel = kernel_for(text, self.device, self.dtype)
-        self.batches = Batches(self.device, self.memory.clear, packed=self.model.kernel is not None)
+        self.link = link(self.device)
+        self.abreast = self.link.abreast
+        packed = self.model.kernel is not None
+        self.batches = Batches(self.device, self.memory.clear, packed=packed, abreast=self.abreast)
+        self._recorded: Recorded | None = None
+        # bitsandbytes' layers look at values as they go, which cannot be recorded
+        if self.device.type == "cuda" and self.quantize in (None, *checkpoint.PACKED):
+            self._recorded = Recorded(self._read, cuda_graphs(self.device), self.device)
 
     # what goes in
 
@@ -244,47 +255,53 @@ class LlavaNextEmbedder(LanguageModel):
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Row]) -> np.ndarray:
+        return self.link.fetch(lambda: self._states(batch))
+
+    def _states(self, batch: Sequence[Row]) -> Tensor:
+        """(b, dim) of rows, each by itself."""
         if len(batch) >= _SHARED and all(row.tiles is None for row in batch):
             return self._from_one_beginning([row.ids for row in batch])
+        if self._recorded and len(batch) == 1 and batch[0].tiles is None:
+            return self._recorded(batch[0].ids)
         pictures = iter(self._features([row.tiles for row in batch if row.tiles is not None]))
-        inputs = []
-        for row in batch:
-            if row.tiles is None:
-                inputs.append(self._words(row.ids))
-            else:
-                head, tail = self.encoder.around_image(row.ids)
-                inputs.append(torch.cat((self._words(head), next(pictures), self._words(tail))))
+        parts = [(row.ids,) if row.tiles is None else self.encoder.around_image(row.ids) for row in batch]
+        words = iter(self._words([ids for part in parts for ids in part]))
+        inputs = [next(words) if row.tiles is None else torch.cat((next(words), next(pictures), next(words))) for row in batch]
         return self._floats(self.model.last_hidden(inputs))
 
-    def _from_one_beginning(self, rows: Sequence[list[int]]) -> np.ndarray:
+    def _from_one_beginning(self, rows: Sequence[list[int]]) -> Tensor:
         """Texts begin alike, with the chat wrapper at least: that much is computed once."""
         first, last = min(rows), max(rows)
         alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
         n = min(alike, min(map(len, rows)) - 1)
-        return self._go_on([ids[n:] for ids in rows], self.model.prefill([self._words(rows[0][:n])]) if n else None)
+        prefixes = self.model.prefill(self._words([rows[0][:n]])) if n else None
+        return self._floats(self.model.last_hidden(self._words([ids[n:] for ids in rows]), prefixes))
+
+    def _read(self, ids: Tensor, n: Tensor) -> Tensor:
+        decoder = self.model.language_model
+        return self._floats(decoder(decoder.embed_tokens(ids), Padded(n, ids.shape[1])))
 
     @torch.inference_mode()
     def _prefill(self, batch: Sequence[Beginning]) -> list[Tensor]:
-        features = self._features([begin.tiles for begin in batch if begin.tiles is not None])
-        inputs = [torch.cat((self._words(begin.key.ids), f)) for begin, f in zip(batch, features, strict=True)]
-        return self.model.prefill(inputs)
+        with self.link.launching:
+            features = self._features([begin.tiles for begin in batch if begin.tiles is not None])
+            words = self._words([begin.key.ids for begin in batch])
+            return self.model.prefill([torch.cat(parts) for parts in zip(words, features, strict=True)])
 
     @torch.inference_mode()
-    def _go_on(self, tails: Sequence[list[int]], prefixes: Sequence[Tensor] | None) -> np.ndarray:
-        return self._floats(self.model.last_hidden([self._words(ids) for ids in tails], prefixes))
+    def _go_on(self, tails: Sequence[list[int]], prefixes: Sequence[Tensor]) -> np.ndarray:
+        return self.link.fetch(lambda: self._floats(self.model.last_hidden(self._words(tails), prefixes)))
 
-    def _floats(self, hidden: Tensor) -> np.ndarray:
-        out: np.ndarray = hidden[:, : self.dim].float().cpu().numpy()
-        return out
+    def _floats(self, hidden: Tensor) -> Tensor:
+        return hidden[:, : self.dim].float()
 
-    def _words(self, ids: Sequence[int]) -> Tensor:
-        words: Tensor = self.model.language_model.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
-        return words
+    def _words(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Input embeddings (n_i, d) of rows of ids."""
+        ids = indices([i for row in rows for i in row], self.device)
+        return list(self.model.language_model.embed_tokens(ids).split([len(row) for row in rows]))
 
     def _features(self, pictures: list[Tiles]) -> list[Tensor]:
         if not pictures:
             return []
-        pixels = torch.from_numpy(np.concatenate([p.pixels for p in pictures])).to(self.device)
-        mean, std = (255 * values.to(self.device) for values in (self._mean, self._std))
-        normalised = pixels.float().sub_(mean).div_(std)
+        normalised = self.link.floats([p.pixels for p in pictures]).sub_(self._mean).div_(self._std)
         return self.model.image_features(normalised.to(self.dtype), [p.size for p in pictures], [p.grid for p in pictures])

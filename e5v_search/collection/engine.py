@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 from e5v_search.collection.inputs import Input, Outcome, Prepared, embed, prepare
@@ -12,6 +13,7 @@ from e5v_search.parallel import ahead
 MAX_BATCH = 1024
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Engine(Protocol):
@@ -47,12 +49,27 @@ class Pace:
         self.size = min(max(int(inputs / max(seconds, 1e-6) * self._seconds), 2), 4 * self.size, MAX_BATCH)
 
 
+class Clock:
+    """Times work that overlaps on one device: each piece from when the one before it was done."""
+
+    def __init__(self) -> None:
+        self._free = 0.0
+
+    def __call__(self, work: Callable[[], R]) -> tuple[R, float]:
+        """-> (what `work` gives, seconds)"""
+        start = time.monotonic()
+        result = work()
+        before, self._free = self._free, time.monotonic()
+        return result, self._free - max(start, before)
+
+
 class Alone:
-    """This process: threads that prepare, and one that has the model to itself. `embedder` loads it when it is needed."""
+    """This process: threads that prepare, and one that has the model to itself, or as many as keep it busy. `embedder` loads
+    it when it is needed."""
 
     def __init__(self, embedder: Callable[[], Embedder]) -> None:
         self.embedder = embedder
-        self._pace = Pace()
+        self._pace, self._clock = Pace(), Clock()
 
     @property
     def fingerprint(self) -> str:
@@ -74,17 +91,16 @@ class Alone:
 
         def work(batch: list[tuple[T, Prepared]]) -> list[tuple[T, Outcome]]:
             prepared = [one for _, one in batch]
-            start = time.monotonic()
-            outcomes = embed(self.embedder(), kind, prepared, of)
-            self._pace.note(len(batch), time.monotonic() - start)
+            outcomes, seconds = self._clock(lambda: embed(self.embedder(), kind, prepared, of))
+            self._pace.note(len(batch), seconds)
             return [(item, outcome) for (item, _), outcome in zip(batch, outcomes, strict=True)]
 
         # while the caller deals with a batch, and gathers another, the model is at the next
-        with (
-            closing(ahead(ready, items)) as prepared,
-            closing(ahead(work, self._batches(prepared), workers=1, depth=2)) as done,
-        ):
-            yield from done
+        with closing(ahead(ready, items)) as prepared:
+            batches = self._batches(prepared)
+            if first := next(batches, None):
+                with closing(ahead(work, chain([first], batches), self.embedder().abreast, depth=2)) as done:
+                    yield from done
 
     def _batches(self, prepared: Iterator[T]) -> Iterator[list[T]]:
         some: list[T] = []

@@ -1,6 +1,6 @@
 """The other end of `processes`: a model in a process of its own, which is given tasks and tells what came of them.
 
-Three kinds of threads: one reads tasks, some prepare the inputs of the next, and the first runs the model.
+One thread reads tasks, some prepare the inputs of the next, as many run the model as keep it busy, and the first tells.
 """
 
 import os
@@ -8,17 +8,17 @@ import pickle
 import queue
 import sys
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
 from e5v_search.backbones import Embedder
+from e5v_search.collection.engine import Clock
 from e5v_search.collection.inputs import Prepared, embed, prepare
 from e5v_search.errors import E5VError
 from e5v_search.scale.processes import Order
 from e5v_search.scale.team import Done, Event, Gone, Loaded, Task
 
-Work = queue.SimpleQueue[tuple[Task, list[Future[Prepared]]]]
+Work = queue.SimpleQueue[Future[Done]]
 
 
 def main() -> None:
@@ -36,14 +36,9 @@ def main() -> None:
         embedder = Embedder.of(order.choice)
         tell(Loaded(embedder.fingerprint, embedder.dim, embedder.recalled_by))
         work: Work = queue.SimpleQueue()
-        pool = ThreadPoolExecutor(order.decoders, thread_name_prefix="prepare")
-        threading.Thread(target=_read, args=(tasks, embedder, pool, work), daemon=True).start()
+        threading.Thread(target=_read, args=(tasks, embedder, order.decoders, work), daemon=True).start()
         while True:
-            task, inputs = work.get()
-            prepared = [one.result() for one in inputs]
-            start = time.monotonic()
-            outcomes = embed(embedder, task.kind, prepared, task.of)
-            tell(Done(outcomes, time.monotonic() - start))
+            tell(work.get().result())
     except (EOFError, BrokenPipeError):
         os._exit(1)  # nobody is there any more
     except E5VError as error:
@@ -54,10 +49,18 @@ def main() -> None:
     os._exit(1)  # without waiting for threads
 
 
-def _read(tasks: BinaryIO, embedder: Embedder, pool: ThreadPoolExecutor, work: Work) -> None:
+def _read(tasks: BinaryIO, embedder: Embedder, decoders: int, work: Work) -> None:
+    preparing = ThreadPoolExecutor(decoders, thread_name_prefix="prepare")
+    running = ThreadPoolExecutor(embedder.abreast, thread_name_prefix="model")
+    clock = Clock()
+
+    def run(task: Task, inputs: list[Future[Prepared]]) -> Done:
+        prepared = [one.result() for one in inputs]
+        return Done(*clock(lambda: embed(embedder, task.kind, prepared, task.of)))
+
     try:
         while True:
             task: Task = pickle.load(tasks)
-            work.put((task, [pool.submit(prepare, embedder, given) for given in task.inputs]))
+            work.put(running.submit(run, task, [preparing.submit(prepare, embedder, given) for given in task.inputs]))
     except (EOFError, OSError, pickle.UnpicklingError):
         os._exit(1)  # nobody is there any more
