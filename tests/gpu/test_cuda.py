@@ -10,6 +10,8 @@ from pictures import noise
 
 from e5v_search.backbones import Embedder
 from e5v_search.backbones.config import TextConfig
+from e5v_search.backbones.recorded import LENGTHS
+from e5v_search.backbones.upload import Streams, carries, link
 from e5v_search.backbones.varlen import agreement, flash
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -105,3 +107,57 @@ def test_a_device_that_is_full_halves_the_batch(folder: str, tmp_path: Path) -> 
     finally:
         del ballast
     assert (x * expected).sum(axis=1).min() > 0.9999
+
+
+def test_pixels_and_results_travel_while_the_device_computes(caplog: pytest.LogCaptureFixture) -> None:
+    cuda = torch.device("cuda")
+    made = link(cuda)
+    assert type(made) is Streams
+    assert not caplog.messages
+    busy = torch.ones(4096, 4096, device=cuda)
+    for _ in range(20):  # with a queue that is long enough to be overtaken
+        for _ in range(20):
+            busy = busy @ busy / 4096
+        assert carries(made)
+
+
+def test_many_batches_on_a_link_that_is_busy_equal_the_processor(folder: str, truth: np.ndarray) -> None:
+    embedder = Embedder.load(folder, device="cuda", dtype="float32")
+    embedder.batches.tokens = 300  # type: ignore[attr-defined]
+    for _ in range(5):
+        x = np.concatenate((embedder.embed_images(PICTURES), embedder.embed_texts(replica.SENTENCES)))
+        assert (x * truth).sum(axis=1).min() > 0.9999
+
+
+@pytest.mark.parametrize(("dtype", "quantize", "recorded"), [
+    ("float32", None, True),
+    ("bfloat16", None, True),
+    ("bfloat16", "fp8", True),
+    ("bfloat16", "8bit", False),
+    ("bfloat16", "4bit", False),
+])  # fmt: skip
+def test_a_recorded_text_equals_one_that_is_not(
+    folder: str, dtype: str, quantize: str | None, recorded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    embedder = Embedder.load(folder, device="cuda", dtype=dtype, quantize=quantize)
+    texts = ["a dog", *(f"{n} {'very ' * n}old bridges" for n in range(40))]
+    expected = np.concatenate([embedder.embed_texts([text, text + "."])[:1] for text in texts])
+    for _ in range(3):
+        x = np.concatenate([embedder.embed_texts([text]) for text in texts])
+        assert (x * expected).sum(axis=1).min() > (0.9999 if dtype == "float32" else 0.99)
+    assert not caplog.messages
+    of_one = embedder._recorded  # type: ignore[attr-defined]
+    assert (of_one is not None) == recorded
+    assert of_one is None or len(of_one._tapes) > len(LENGTHS) // 2
+
+
+def test_recordings_take_memory_once(folder: str) -> None:
+    embedder = Embedder.load(folder, device="cuda", dtype="bfloat16")
+    texts = ["very " * n + "old" for n in range(50)]
+    for _ in range(2):
+        for text in texts:
+            embedder.embed_texts([text])
+    before = torch.cuda.memory_allocated()
+    for text in texts * 3:
+        embedder.embed_texts([text])
+    assert torch.cuda.memory_allocated() == before
