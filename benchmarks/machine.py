@@ -6,11 +6,12 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+VERSIONS = ("torch", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "numpy", "pillow", "sqlite-utils")
 
 
 def describe() -> dict[str, Any]:
@@ -28,8 +29,15 @@ def describe() -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "faiss-cpu", "numpy", "pillow", "sqlite-utils")},
+        "versions": {name: found for name in VERSIONS if (found := _installed(name)) is not None},
     }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # of the packages of FAISS there is one
+        return None
 
 
 def arguments(words: Sequence[str]) -> str:

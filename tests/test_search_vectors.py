@@ -13,7 +13,7 @@ from e5v_search.collection.tuning import Point, Target, _best, tune
 from e5v_search.collection.vectors import search_vectors
 from e5v_search.errors import CollectionBusy, CollectionNotFound, QueryError, UsageError
 from e5v_search.index import KINDS, Recipe, read_recipe
-from e5v_search.index.recipe import NAMED, read_bytes
+from e5v_search.index.recipe import NAMED, read_bytes, resident_bytes
 
 N, D = 3000, 64
 ROOT = Path(__file__).parent.parent
@@ -128,7 +128,7 @@ def test_all_that_is_wrong_with_a_recipe_is_said(tmp_path: Path) -> None:
     path.write_text('kind = "flat"\nspeed = 1\n')
     with pytest.raises(UsageError, match=r"speed: unknown key .*'flat' is not one of 'exact'"):
         read_recipe(str(path))
-    with pytest.raises(UsageError, match="neither a file nor one of: exact, one-bit, ivf, hnsw, gpu"):
+    with pytest.raises(UsageError, match="neither a file nor one of: exact, one-bit, ivf, hnsw, gpu, gpu-ivf, gpu-cagra"):
         read_recipe("two-bit")
 
 
@@ -173,10 +173,19 @@ def test_a_way_through_lists_is_as_large_as_what_it_reads() -> None:
     assert read_bytes(Recipe("ivf", lists=64, probes=8, candidates=25), 4096, 64) == 8 * 64 * 24 + 25 * 128
     assert read_bytes(Recipe("one-bit", candidates=25), 4096, 64) == 4096 * 24 + 25 * 128
     assert read_bytes(Recipe("hnsw", ef=16), 4096, 64) == 16 * 128
-    assert read_bytes(Recipe("exact"), 4096, 64) == 4096 * 128
+    assert read_bytes(Recipe("exact"), 4096, 64) == read_bytes(Recipe("gpu"), 4096, 64) == 4096 * 128
+    assert read_bytes(Recipe("gpu-ivf", lists=64, probes=4), 4096, 64) == 4 * 64 * 128
+    assert read_bytes(Recipe("gpu-cagra", ef=16), 4096, 64) == 16 * 128
 
 
-@pytest.mark.parametrize("kind", ["one-bit", "ivf", "hnsw"])
+def test_what_a_machine_needs_for_an_index_on_gpus() -> None:
+    """By hand: 4,096 rows of 64 numbers are on the GPUs; here are ids, centres, links and what leads to them."""
+    assert resident_bytes(Recipe("gpu"), 4096, 64) == 4096 * 8
+    assert resident_bytes(Recipe("gpu-ivf", lists=64), 4096, 64) == 4096 * 8 + 64 * 64 * 4
+    assert resident_bytes(Recipe("gpu-cagra", links=32), 4096, 64) == 4096 * 8 + 4096 * (64 * 4 + 16)
+
+
+@pytest.mark.parametrize("kind", ["one-bit", "ivf", "hnsw", "gpu-ivf", "gpu-cagra"])
 def test_the_smallest_that_finds_enough_is_taken(place: Path, kind: str) -> None:
     with Collection.open(place) as c:
         c.rebuild(read_recipe(kind))

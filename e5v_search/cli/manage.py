@@ -86,7 +86,7 @@ def verify(ctx: click.Context, collection: str, as_json: bool) -> None:
 @click.option(
     "--recipe",
     metavar="NAME|FILE.toml",
-    help="The index to make, from now on: exact, one-bit, ivf, hnsw, gpu, a recipe of your own, or auto: by size.",
+    help="The index to make, from now on: exact, one-bit, ivf, hnsw, gpu, gpu-ivf, gpu-cagra, a recipe of your own, or auto.",
 )
 @store_option
 @collection_option

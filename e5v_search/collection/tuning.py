@@ -179,13 +179,18 @@ def _ways(recipe: Recipe, n: int, k: int) -> Iterator[Recipe]:
     if recipe.kind == "one-bit":
         yield from (replace(recipe, candidates=c) for c in candidates)
     elif recipe.kind == "ivf":
-        lists = recipe.lists or lists_for(n)
-        probes = [p for p in _PROBES if p < lists] + [lists][: lists <= _PROBES[-1]]
-        yield from (replace(recipe, probes=p, candidates=c) for p in probes for c in candidates[::2])
-    elif recipe.kind == "hnsw":
+        yield from (replace(recipe, probes=p, candidates=c) for p in _probes(recipe, n) for c in candidates[::2])
+    elif recipe.kind == "gpu-ivf":
+        yield from (replace(recipe, probes=p) for p in _probes(recipe, n))
+    elif recipe.kind in ("hnsw", "gpu-cagra"):
         yield from (replace(recipe, ef=ef) for ef in _EF)
     else:
         yield recipe
+
+
+def _probes(recipe: Recipe, n: int) -> list[int]:
+    lists = recipe.lists or lists_for(n)
+    return [p for p in _PROBES if p < lists] + [lists][: lists <= _PROBES[-1]]
 
 
 def _some(catalog: Catalog, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from e5v_search.index.sealed import IndexDamaged
 
 _SAMPLE = 40  # rows for each list that k-means sees
 _ROUNDS = 10
-_GROWTH = 4  # times as many lists as there are: then the centres are found anew
+GROWTH = 4  # times as many lists as there are: then the centres are found anew
 
 
 class Ivf(Coded):
@@ -68,12 +68,12 @@ class Ivf(Coded):
     def build(cls, rows: Rows, recipe: Recipe, path: Path) -> Self:
         faiss = library()
         rotation = faiss.HadamardRotation(rows.d, SEED)
-        nlist = min(recipe.lists or lists_for(rows.ntotal), rows.ntotal)
+        nlist, x = lists_and_sample(rows, recipe)
         ivf = faiss.IndexIVFRaBitQ(faiss.IndexFlatL2(rotation.d_out), rotation.d_out, nlist, faiss.METRIC_L2)
-        ivf.cp.niter, ivf.cp.seed, ivf.cp.min_points_per_centroid = _ROUNDS, SEED, 1
+        same_centres(ivf)
         coarse = faiss.IndexPreTransform(rotation, ivf)
         with faiss_errors():
-            coarse.train(rows.sample(_SAMPLE * nlist))
+            coarse.train(x)
         head = serialised(coarse)
         return cls(rows, recipe, head, _written(coarse, rows, 0, path, None), path.parent)
 
@@ -92,7 +92,18 @@ class Ivf(Coded):
     _shared = _candidates
 
     def outgrown(self, n: int) -> bool:
-        return not self.recipe.lists and lists_for(n) >= _GROWTH * self._ivf.nlist
+        return not self.recipe.lists and lists_for(n) >= GROWTH * self._ivf.nlist
+
+
+def lists_and_sample(rows: Rows, recipe: Recipe) -> tuple[int, np.ndarray]:
+    """Into how many lists the rows are divided, and those (m, d) float32 that k-means sees."""
+    nlist = min(recipe.lists or lists_for(rows.ntotal), rows.ntotal)
+    return nlist, rows.sample(_SAMPLE * nlist)
+
+
+def same_centres(ivf: Any) -> None:
+    """Have k-means find the same centres for the same rows, of however few of them."""
+    ivf.cp.niter, ivf.cp.seed, ivf.cp.min_points_per_centroid = _ROUNDS, SEED, 1
 
 
 def _written(coarse: Any, rows: Rows, start: int, path: Path, before: Ivf | None) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from e5v_search.index import column
 from e5v_search.index.base import Found, Index, Places, Stamp, best, distinct, matrix, merged
 from e5v_search.index.flat import FlatIndex
 from e5v_search.index.gpu import OnGpu
+from e5v_search.index.gpu_cagra import OnGpuCagra
+from e5v_search.index.gpu_ivf import OnGpuIvf
 from e5v_search.index.hnsw import Hnsw
 from e5v_search.index.ivf import Ivf
 from e5v_search.index.onebit import OneBit
@@ -25,7 +27,7 @@ from e5v_search.index.rows import Rows, search
 from e5v_search.index.scan import Scan
 from e5v_search.index.sealed import sealing, unsealed
 
-SCANS: dict[str, type[Scan]] = {scan.kind: scan for scan in (OneBit, Ivf, Hnsw, OnGpu)}
+SCANS: dict[str, type[Scan]] = {scan.kind: scan for scan in (OneBit, Ivf, Hnsw, OnGpu, OnGpuIvf, OnGpuCagra)}
 _EXACT_ROWS = 20_000  # so many that pass a filter are scanned exactly
 _WORN = 4  # one in so many rows is dead: time to write the others anew
 _SHARE = 128  # of the rows, one in so many may be newer than the files

@@ -7,9 +7,10 @@ from typing import Any, Literal
 from e5v_search.config import load_recipe, parse
 from e5v_search.errors import UsageError
 
-Kind = Literal["exact", "one-bit", "ivf", "hnsw", "gpu", "milvus"]
+Kind = Literal["exact", "one-bit", "ivf", "hnsw", "gpu", "gpu-ivf", "gpu-cagra", "milvus"]
 KINDS = ("exact", "one-bit", "ivf", "hnsw")  # that a processor searches
-NAMED = (*KINDS, "gpu")  # that need nothing but their name
+ON_GPUS = ("gpu", "gpu-ivf", "gpu-cagra")
+NAMED = (*KINDS, *ON_GPUS)  # that need nothing but their name
 
 # numbers (rows times d) up to which a kind is chosen: 20,000 and 1,000,000 rows of 4,096
 EXACT_NUMBERS = 20_000 * 4096
@@ -19,12 +20,12 @@ _SHRUNK = 0.7  # of a limit: below it the kind for fewer rows is right again; be
 _OF_KIND = {
     "candidates": ("one-bit", "ivf", "milvus"),
     "query_bits": ("one-bit", "ivf"),
-    "lists": ("ivf",),
-    "probes": ("ivf",),
-    "links": ("hnsw",),
+    "lists": ("ivf", "gpu-ivf"),
+    "probes": ("ivf", "gpu-ivf"),
+    "links": ("hnsw", "gpu-cagra"),
     "ef_build": ("hnsw",),
-    "ef": ("hnsw",),
-    "newer": ("one-bit", "ivf", "hnsw", "gpu"),
+    "ef": ("hnsw", "gpu-cagra"),
+    "newer": ("one-bit", "ivf", "hnsw", *ON_GPUS),
     "store": ("milvus",),
     "index": ("milvus",),
     "vectors": ("milvus",),
@@ -96,11 +97,12 @@ def resident_bytes(recipe: Recipe, n: int, d: int) -> int:
     ids = 8 * n
     if recipe.kind == "exact":
         return 2 * d * n + ids
+    links = n * (8 * recipe.links + 16)
     if recipe.kind == "hnsw":
-        return ids + n * (8 * recipe.links + 16) + 2 * d * n  # it walks over the rows themselves
-    if recipe.kind == "gpu":
-        return ids
-    centres = 4 * d * (recipe.lists or lists_for(n)) if recipe.kind == "ivf" else 0
+        return ids + links + 2 * d * n  # it walks over the rows themselves
+    centres = 4 * d * (recipe.lists or lists_for(n)) if recipe.kind in ("ivf", "gpu-ivf") else 0
+    if recipe.kind in ON_GPUS:
+        return ids + centres + (links if recipe.kind == "gpu-cagra" else 0)
     return ids + codes_bytes(n, d) + centres
 
 
@@ -108,10 +110,12 @@ def read_bytes(recipe: Recipe, n: int, d: int) -> int:
     """About how many bytes of codes and rows one search reads."""
     if recipe.kind in ("exact", "gpu"):
         return 2 * d * n
-    if recipe.kind == "hnsw":
+    if recipe.kind in ("hnsw", "gpu-cagra"):
         return 2 * d * min(recipe.ef, n)
     lists = recipe.lists or lists_for(n)
     scanned = n if recipe.kind == "one-bit" else min(recipe.probes, lists) * n // lists
+    if recipe.kind == "gpu-ivf":
+        return 2 * d * scanned
     return codes_bytes(scanned, d) + 2 * d * min(recipe.candidates, n)
 
 

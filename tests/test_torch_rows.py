@@ -1,0 +1,67 @@
+"""A scan by torch, on the processor: all but the product itself is what runs on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from e5v_search.index import torch_rows
+from e5v_search.index.rows import Rows, quantiser, search, view
+from e5v_search.index.torch_rows import TorchRows, devices
+
+
+def held(n: int, d: int, seed: int = 0, values: int = 0) -> tuple[Rows, np.ndarray]:
+    """Rows, and the same as float32; of few `values` scores tie."""
+    rng = np.random.default_rng(seed)
+    x = (rng.integers(-values, values + 1, (n, d)) if values else rng.standard_normal((n, d))).astype(np.float16)
+    return Rows(view(quantiser(d), np.ascontiguousarray(x).view(np.uint8))), x.astype(np.float32)
+
+
+@given(
+    n=st.integers(1, 200),
+    d=st.integers(1, 9),
+    nq=st.integers(1, 5),
+    width=st.integers(1, 250),
+    parts=st.integers(1, 4),
+    at_once=st.integers(1, 500),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_brute_force(n: int, d: int, nq: int, width: int, parts: int, at_once: int, seed: int) -> None:
+    rows, x = held(n, d, seed, values=2 if seed % 2 else 0)
+    xq = np.random.default_rng(seed + 1).integers(-3, 4, (nq, d)).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_rows, "_SCORES", at_once)
+        D, I = TorchRows(rows, ["cpu"] * parts).search(xq, width)  # noqa: E741
+    scores = xq.astype(np.float64) @ x.T.astype(np.float64)
+    k = min(width, n)
+    assert I.shape == (nq, k)
+    np.testing.assert_allclose(D, -np.sort(-scores, axis=1)[:, :k], atol=1e-3 * d)
+    np.testing.assert_allclose(D, np.take_along_axis(scores, I, axis=1), atol=1e-3 * d)
+    assert all(len(set(places)) == k for places in I.tolist())
+
+
+@pytest.mark.parametrize("n", [31, 32, 33, 5000])
+def test_scores_are_those_of_the_processor_to_the_bit(n: int) -> None:
+    rows, x = held(n, 64)
+    xq = x[:7] + 0.1
+    found = TorchRows(rows, ["cpu"] * 3).search(xq, 20)
+    expected = search(rows.index, xq, 20)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[0], expected[0])
+
+
+def test_rows_that_fill_up_a_group_are_never_found() -> None:
+    rows, x = held(33, 8)
+    xq = -x[:1] * 0 - x.sum(axis=0, keepdims=True)
+    assert (search(rows.index, xq, 33)[0] < 0).any()
+    assert sorted(TorchRows(rows, ["cpu"]).search(xq, 33)[1][0].tolist()) == list(range(33))
+
+
+def test_devices_are_those_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices() == ["cuda:0", "cuda:1"]
