@@ -1,4 +1,4 @@
-"""What share of the tokens in batches is padding, with the batches of a processor and of a GPU.
+"""What share of the tokens in batches is padding, with the batches of a processor and of a GPU, padded and packed.
 
     python benchmarks/padding.py --photos DIR --texts FILE
 
@@ -18,22 +18,26 @@ from PIL import Image
 
 from e5v_search import Embedder, media
 from e5v_search.backbones.batches import TEXTS, WINDOW, Batches
+from e5v_search.backbones.layout import Packed, Padded
 from e5v_search.backbones.tiles import TileSpec, token_count
+from e5v_search.backbones.varlen import flash
 
 SPEC = TileSpec(336, 14, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)), Image.Resampling.BICUBIC)
 PROMPT = 20
 N = 8192
 
 
-def padding(lengths: list[int], window: int, tokens: int) -> float:
-    batches = Batches(torch.device("cpu"), lambda: 0)
+def padding(lengths: list[int], window: int, tokens: int, packed: bool) -> float:
+    """Of all places in the tensors that the decoder would get."""
+    batches = Batches(torch.device("cpu"), lambda: 0, packed)
     batches.tokens = tokens
-    real = held = 0
+    held = 0
     for start in range(0, len(lengths), window):
         for some in batches.cut(lengths[start : start + window], lambda length: length):
-            real += sum(some)
-            held += len(some) * max(some)
-    return round(1 - real / held, 4)
+            rows = [torch.empty(length, 1) for length in some]
+            x, _ = Packed.of(rows, flash) if packed else Padded.of(rows)
+            held += x.numel()
+    return round(1 - sum(lengths) / held, 4)
 
 
 def main() -> None:
@@ -55,10 +59,16 @@ def main() -> None:
         "texts": drawn([len(ids) for ids in encoder.ask("text", "retrieval", texts)]),
     }
     rows = [
-        {"of": kind, "device": device, "window": window, "padding": padding(lengths[kind], window, tokens)}
+        {
+            "of": kind,
+            "device": device,
+            "window": window,
+            "packed": packed,
+            "padding": padding(lengths[kind], window, tokens, packed),
+        }
         for kind, windows in (("photos", [WINDOW]), ("texts", [WINDOW, TEXTS]))
         for window in windows
-        for device, tokens in (("cpu", 2048), ("cuda", 32768))
+        for device, tokens, packed in (("cpu", 2048, False), ("cuda", 32768, False), ("cuda", 32768, True))
     ]
     for row in rows:
         print(row)

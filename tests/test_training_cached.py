@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from e5v_search.backbones.config import TextConfig
+from e5v_search.backbones.layout import Padded
 from e5v_search.backbones.modules import TextDecoder
 from e5v_search.training import losses
 from e5v_search.training.cached import cached_backward
@@ -32,8 +33,8 @@ class Encoder(nn.Module):
             nn.init.normal_(p, std=0.2, generator=generator)
 
     def forward(self, rows: Sequence[Tensor]) -> Tensor:
-        x = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        h: Tensor = self.decoder(self.dropout(x), torch.tensor([len(row) for row in rows]))
+        x, layout = Padded.of(rows)
+        h: Tensor = self.decoder(self.dropout(x), layout)
         return self.dropout(h)
 
     def gradient(self) -> Tensor:

@@ -1,6 +1,6 @@
 """A batch of texts or pictures through the real prompts, with gradients: what the engine does for one input at a time.
 
-Rows have no padding to the left and attention is causal, so no mask is needed anywhere (see TextDecoder).
+Rows have no padding to the left and attention is causal, so no mask is needed anywhere (see Padded).
 """
 
 from collections.abc import Callable, Iterable, Sequence, Sized
