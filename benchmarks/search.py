@@ -4,21 +4,22 @@
     python benchmarks/search.py --collection 100000x4096
 
 The second imports the vectors into a collection and asks it as `search --vectors` does. Writes benchmarks/results/*.json
-and prints the rows of indexes/README.md. Vectors are drawn: clusters in a space whose spectrum has a heavy tail. Times
-are of the processor, with one thread (OMP_NUM_THREADS=1): waiting for a disk is not in them; with --clock, on a machine with
-nothing else to do, they are what the clock says.
+and prints the rows of indexes/README.md. Vectors are drawn: clusters in a space whose spectrum has a heavy tail, or, with
+--apart, without clusters, where neighbours are hardest to tell. Times are given twice, of the processor (all threads) and by
+the clock, which on a machine with other work says little.
 """
 
 import argparse
 import json
+import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,14 @@ BLOCK = 4096
 K = 100
 
 
-def drawn(n: int, d: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """xb (n, d) float16, mapped from `path`, and xq (NQ, d) float32 of the same distribution; rows of length 1."""
+def drawn(n: int, d: int, path: Path, apart: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """xb (n, d) float16, mapped from `path`, and xq (NQ, d) float32 of the same distribution; rows of length 1.
+
+    In clusters of 200 or, where they are to be `apart`, in none.
+    """
     rng = np.random.default_rng(0)
     spectrum = (np.arange(1, d + 1, dtype=np.float32) ** -0.4)[rng.permutation(d)]
-    centres = rng.standard_normal((max(n // 200, 20), d), dtype=np.float32) * spectrum
+    centres = rng.standard_normal((max(n // 200, 20), d), dtype=np.float32) * spectrum * (not apart)
 
     def some(m: int) -> np.ndarray:
         x = centres[rng.integers(0, len(centres), m)] + 0.8 * spectrum * rng.standard_normal((m, d), dtype=np.float32)
@@ -76,30 +80,42 @@ def recall(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     }
 
 
-now = time.process_time
+KINDS_OF_TIME = ("cpu", "clock")
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
+def now() -> np.ndarray:
+    """Seconds of the processor, and of the clock."""
+    return np.array([time.process_time(), time.perf_counter()])
+
+
+def milliseconds(run: Callable[[], Any]) -> np.ndarray:
     start = now()
     run()
     return (now() - start) * 1e3
 
 
+def named(times: np.ndarray, batch: int | str, by: str = "") -> dict[str, float]:
+    """Milliseconds a query as a row of the results has them; of several measurements (n, 2) the middle one."""
+    middle = np.median(np.atleast_2d(times), axis=0)
+    return {f"{by}{kind}_ms_batch_{batch}": round(float(ms), 3) for kind, ms in zip(KINDS_OF_TIME, middle, strict=True)}
+
+
 def paired(one: Callable[[np.ndarray], Any], other: Callable[[np.ndarray], Any], xq: np.ndarray) -> dict[str, Any]:
     """Milliseconds a query of both, asked in turn, so that both meet the same load: one by one, and 64 at once."""
-    times: dict[str, list[tuple[float, float]]] = {"1": [], "64": []}
+    times: dict[str, list[list[np.ndarray]]] = {"1": [], "64": []}
     one(xq[:1]), other(xq[:1])
     for n in range(60):
         x = xq[n % NQ][None]
-        times["1"].append((milliseconds(lambda x=x: one(x)), milliseconds(lambda x=x: other(x))))
+        times["1"].append([milliseconds(lambda x=x: one(x)), milliseconds(lambda x=x: other(x))])
     for n in range(6):
         x = np.roll(xq, 64 * n, axis=0)[:64]
-        times["64"].append((milliseconds(lambda x=x: one(x)) / 64, milliseconds(lambda x=x: other(x)) / 64))
+        times["64"].append([milliseconds(lambda x=x: one(x)) / 64, milliseconds(lambda x=x: other(x)) / 64])
     result: dict[str, Any] = {}
-    for batch, pairs in times.items():
-        ours, plain = (statistics.median(side) for side in zip(*pairs, strict=True))
-        result |= {f"ms_batch_{batch}": round(ours, 3), f"faiss_ms_batch_{batch}": round(plain, 3)}
-        result[f"overhead_batch_{batch}"] = round(statistics.median(a / b for a, b in pairs) - 1, 3)
+    for batch, both in times.items():
+        pairs = np.array(both)  # (n, ours and theirs, processor and clock)
+        result |= named(pairs[:, 0], batch) | named(pairs[:, 1], batch, "faiss_")
+        for kind, ratio in zip(KINDS_OF_TIME, np.median(pairs[:, 0] / pairs[:, 1], axis=0), strict=True):
+            result[f"{kind}_overhead_batch_{batch}"] = round(float(ratio) - 1, 3)
     return result
 
 
@@ -162,37 +178,62 @@ print(json.dumps({"open_ms": open_ms[0], "open_clock_ms": open_ms[1], "first_ms"
 
 
 def cold(path: Path, xq: np.ndarray) -> dict[str, float]:
-    """A fresh process that opens the index and asks it: pages of files that the system holds count as resident too."""
+    """A fresh process that opens the index and asks it: pages of files that the system holds count as resident too.
+
+    Another one does so before, when the system holds nothing of the files: from the disk.
+    """
     queries = path.with_name("xq.npy")
     np.save(queries, xq)
-    done = subprocess.run([sys.executable, "-c", COLD, str(path), str(queries)], capture_output=True, text=True, check=True)
-    return {name: round(value, 1) for name, value in json.loads(done.stdout).items()}
+
+    def asked() -> dict[str, float]:
+        done = subprocess.run([sys.executable, "-c", COLD, str(path), str(queries)], capture_output=True, text=True, check=True)
+        return {name: round(value, 1) for name, value in json.loads(done.stdout).items()}
+
+    for file in path.parent.glob(f"{path.name}*"):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    from_disk = asked()
+    return {f"disk_{name}": from_disk[name] for name in ("open_clock_ms", "first_clock_ms")} | asked()
 
 
 def measure(kind: str, xb: np.ndarray, xq: np.ndarray, truth: np.ndarray, folder: Path, beside_faiss: bool) -> dict[str, Any]:
     n, d = xb.shape
     path = folder / "index.faiss"
     ids = np.arange(n, dtype=np.int64)
-    start = time.process_time()
+    start = now()
     index = build(path, Recipe(kind), d, ((ids[i : i + BLOCK], xb[i : i + BLOCK]) for i in range(0, n, BLOCK)))
     index.stamp = Stamp("benchmark", 1)
     index.save(path)
-    seconds = time.process_time() - start
+    seconds = now() - start
     del index
     files = {file.suffix.lstrip("."): file.stat().st_size for file in folder.glob("index.faiss*")}
-    index = load(path)
     row: dict[str, Any] = {"n": n, "d": d, "kind": kind}
-    row |= {} if not isinstance(index, MappedIndex) else {"recipe": index.recipe.to_json()}
-    row |= {"build_s": round(seconds, 1), "mb": {name: round(size / 1e6, 1) for name, size in files.items()}}
-    row |= recall(index.search(xq, K)[1], truth) | cold(path, xq)
+    row |= {f"build_{name}_s": round(float(s), 1) for name, s in zip(KINDS_OF_TIME, seconds, strict=True)}
+    row |= {"mb": {name: round(size / 1e6, 1) for name, size in files.items()}} | cold(path, xq)
+    index = load(path)
+    row |= recall(index.search(xq, K)[1], truth)
+    row |= {"recipe": index.recipe.to_json()} | by_effort(index, xq, truth) if isinstance(index, MappedIndex) else {}
     ours = lambda x: index.search(x, 10)  # noqa: E731
     if beside_faiss:
         row |= paired(ours, plain(kind, index, xb), xq)
     else:
-        row |= {name: value for name, value in paired(ours, ours, xq).items() if name.startswith("ms")}
+        row |= {name: value for name, value in paired(ours, ours, xq).items() if name.startswith(KINDS_OF_TIME)}
     for file in folder.glob("index.faiss*"):
         file.unlink()
     return row
+
+
+def by_effort(index: MappedIndex, xq: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """recall@10 with fewer and more candidates, or, along links, rows kept in view."""
+    own = index.recipe
+    key = "ef" if own.kind == "hnsw" else "candidates"
+    found = {}
+    for most in (50, 100, 200, 400, 800):
+        index.search_as(replace(own, **{key: most}))  # type: ignore[arg-type]
+        found[str(most)] = recall(index.search(xq, 10)[1], truth[:, :10])["recall_at_10"]
+    index.search_as(own)
+    return {f"recall_at_10_by_{key}": found}
 
 
 def by_numpy(xb: np.ndarray, xq: np.ndarray) -> dict[str, Any]:
@@ -202,14 +243,14 @@ def by_numpy(xb: np.ndarray, xq: np.ndarray) -> dict[str, Any]:
     def brute(x: np.ndarray) -> np.ndarray:
         return np.argpartition(-(x @ held.T), 10, axis=1)[:, :10]
 
-    one = statistics.median(milliseconds(lambda x=x: brute(x[None])) for x in xq[:15])
-    many = statistics.median(milliseconds(lambda: brute(xq[:64])) / 64 for _ in range(3))
-    return {"n": len(xb), "d": xb.shape[1], "kind": "numpy", "ms_batch_1": round(one, 3), "ms_batch_64": round(many, 3)}
+    one = np.array([milliseconds(lambda x=x: brute(x[None])) for x in xq[:15]])
+    many = np.array([milliseconds(lambda: brute(xq[:64])) / 64 for _ in range(3)])
+    return {"n": len(xb), "d": xb.shape[1], "kind": "numpy"} | named(one, 1) | named(many, 64)
 
 
-def recipes(size: str, kinds: list[str], folder: Path, beside_faiss: bool) -> Iterator[dict[str, Any]]:
+def recipes(size: str, kinds: list[str], folder: Path, beside_faiss: bool, apart: bool) -> Iterator[dict[str, Any]]:
     n, d = map(int, size.split("x"))
-    xb, xq = drawn(n, d, folder / "vectors.npy")
+    xb, xq = drawn(n, d, folder / "vectors.npy", apart)
     truth = nearest(xb, xq)
     if beside_faiss:
         yield by_numpy(xb, xq)
@@ -222,26 +263,29 @@ def collection(size: str, folder: Path) -> dict[str, Any]:
     n, d = map(int, size.split("x"))
     xb, xq = drawn(n, d, folder / "vectors.npy")
     truth = nearest(xb, xq)
-    start = time.process_time()
-    import_folder(folder, folder / "c")
-    row: dict[str, Any] = {"n": n, "d": d, "import_s": round(time.process_time() - start, 1)}
+    seconds = milliseconds(lambda: import_folder(folder, folder / "c")) / 1e3
+    row: dict[str, Any] = {"n": n, "d": d}
+    row |= {f"import_{name}_s": round(float(s), 1) for name, s in zip(KINDS_OF_TIME, seconds, strict=True)}
     with Collection.open(folder / "c", create=False) as c:
         index = c.indexes.current()
         row |= {"kind": index.kind, "mb": {"in all": round(sum(f.stat().st_size for f in (folder / "c").iterdir()) / 1e6)}}
         found = np.array([[hit.id for hit in hits] for hits in search_vectors(c, xq, k=10)])
         row["recall_at_10"] = recall(found, truth)["recall_at_10"]
         row |= paired(lambda x: list(search_vectors(c, x, k=10)), plain("exact" if n <= 20_000 else "one-bit", index, xb), xq)
+    names = [f"{kind}_ms_batch_{batch}" for kind in KINDS_OF_TIME for batch in (1, 64)]
     numpy = by_numpy(xb, xq)
-    row |= {f"numpy_{name}": numpy[name] for name in ("ms_batch_1", "ms_batch_64")}
-    return row | {f"numpy_by_ours_{b}": round(numpy[f"ms_batch_{b}"] / row[f"ms_batch_{b}"], 1) for b in (1, 64)}
+    row |= {f"numpy_{name}": numpy[name] for name in names}
+    return row | {f"numpy_by_ours_{name}": round(numpy[name] / row[name], 1) for name in names}
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    columns = ("recall_at_1", "recall_at_10", "recall_at_100", "ms_batch_1", "ms_batch_64", "overhead_batch_1", "open_ms")
-    print("| vectors | kind | files MB | build s | " + " | ".join(columns) + " |")
+    columns = ("build_cpu_s", "recall_at_1", "recall_at_10", "recall_at_100")
+    columns += tuple(f"{kind}_ms_batch_{batch}" for batch in (1, 64) for kind in KINDS_OF_TIME)
+    columns += ("open_clock_ms", "first_clock_ms", "resident_mb")
+    print("| vectors | kind | files MB | " + " | ".join(columns) + " |")
     for r in rows:
         files = " + ".join(f"{value:,.0f} {name}" for name, value in r.get("mb", {}).items())
-        cells = [f"{r['n']:,} × {r['d']}", r["kind"], files, str(r.get("build_s", ""))]
+        cells = [f"{r['n']:,} × {r['d']}", r["kind"], files]
         print("| " + " | ".join([*cells, *(str(r.get(name, "")) for name in columns)]) + " |")
 
 
@@ -252,18 +296,19 @@ def main() -> None:
     parser.add_argument("--collection")
     parser.add_argument("--folder", type=Path, help="where there is room for the vectors; else the system's temporary folder")
     parser.add_argument("--without-faiss", action="store_true", help="ours alone, in the memory that it takes alone")
-    parser.add_argument("--clock", action="store_true", help="time by the clock instead of by the processor's time")
+    parser.add_argument("--apart", action="store_true", help="vectors without clusters")
     parser.add_argument("--out", default="search")
     args = parser.parse_args()
-    if args.clock:
-        global now
-        now = time.perf_counter
     command = f"python benchmarks/search.py {arguments(sys.argv[1:])}".strip()
     rows: list[dict[str, Any]] = []
     for size in [args.collection] if args.collection else args.sizes:
         folder = Path(tempfile.mkdtemp(dir=args.folder))
         try:
-            done = [collection(size, folder)] if args.collection else recipes(size, args.kinds, folder, not args.without_faiss)
+            done = (
+                [collection(size, folder)]
+                if args.collection
+                else recipes(size, args.kinds, folder, not args.without_faiss, args.apart)
+            )
             for row in done:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
@@ -271,7 +316,8 @@ def main() -> None:
             shutil.rmtree(folder)
     table(rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    save(args.out, {"command": command, "threads": faiss.omp_get_max_threads(), "peak_mb": round(peak), "rows": rows})
+    machine = {"threads": faiss.omp_get_max_threads(), "load": round(os.getloadavg()[1], 1), "peak_mb": round(peak)}
+    save(args.out, {"command": command} | machine | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any, Self
 
@@ -131,11 +132,14 @@ class Rows:
 
     def _best_of(self, places: np.ndarray, xq: np.ndarray, width: int) -> Found:
         """D, and I as places, (nq, least of width and n) for places (n,)."""
-        found = np.empty((len(xq), 0), np.float32), np.empty((len(xq), 0), np.int64)
-        places = np.sort(places)  # as they lie on the disk
-        step = max(1, _COPIED // self.codes.shape[1])
-        for start in range(0, len(places), step):
-            some = places[start : start + step]
+
+        def best_of(some: np.ndarray) -> Found:
             D, at = search(view(quantiser(self.d), self.read(some)), xq, min(width, len(some)))
-            found = merged(found, (D, some[at]), width)
-        return found
+            return D, some[at]
+
+        if not len(places):
+            return np.empty((len(xq), 0), np.float32), np.empty((len(xq), 0), np.int64)
+        step = max(1, _COPIED // self.codes.shape[1])
+        places = np.sort(places)  # as they lie on the disk
+        parts = (best_of(places[start : start + step]) for start in range(0, len(places), step))
+        return reduce(lambda one, other: merged(one, other, width), parts)
