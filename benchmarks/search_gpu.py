@@ -3,8 +3,8 @@
     python benchmarks/search_gpu.py [--size 1000000x4096] [--kinds gpu gpu-ivf gpu-cagra] [--out search-gpu]
 
 A read of the rows is their bytes by the rate at which the first GPU copies, reading and writing counted. Times are by the
-clock, of queries that come from the processor to answers that are there again, ranked by their exact scores: of one, and of
-64 together. The kind `torch` is what serves where FAISS has no GPU. Without a GPU all of it runs on the processor, and says so.
+clock, of queries that come from the processor to answers that are there again, with their exact scores: of one, and of 64
+together. The kind `torch` is what serves where FAISS has no GPU. Without a GPU all of it runs on the processor, and says so.
 """
 
 import argparse

@@ -32,7 +32,7 @@ def test_equals_brute_force(n: int, d: int, nq: int, width: int, parts: int, at_
     rows, x = held(n, d, seed, values=2 if seed % 2 else 0)
     xq = np.random.default_rng(seed + 1).integers(-3, 4, (nq, d)).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_rows, "_SCORES", at_once)
+        patch.setattr(torch_rows, "_NUMBERS", at_once)
         D, I = TorchRows(rows, ["cpu"] * parts).search(xq, width)  # noqa: E741
     scores = xq.astype(np.float64) @ x.T.astype(np.float64)
     k = min(width, n)
@@ -43,13 +43,25 @@ def test_equals_brute_force(n: int, d: int, nq: int, width: int, parts: int, at_
 
 
 @pytest.mark.parametrize("n", [31, 32, 33, 5000])
-def test_scores_are_those_of_the_processor_to_the_bit(n: int) -> None:
+def test_finds_what_the_processor_finds(n: int) -> None:
     rows, x = held(n, 64)
     xq = x[:7] + 0.1
     found = TorchRows(rows, ["cpu"] * 3).search(xq, 20)
     expected = search(rows.index, xq, 20)
     np.testing.assert_array_equal(found[1], expected[1])
-    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("d", [7, 256, 4096])
+def test_copies_score_the_same_to_the_bit_and_come_by_their_places(d: int) -> None:
+    rng = np.random.default_rng(d)
+    kinds = rng.standard_normal((3, d)).astype(np.float16)
+    which = rng.integers(0, 3, 300)
+    rows = Rows(view(quantiser(d), kinds[which].view(np.uint8)))
+    D, I = TorchRows(rows, ["cpu"] * 2).search(rng.standard_normal((4, d)).astype(np.float32), 300)  # noqa: E741
+    for scores, places in zip(D, I, strict=True):
+        assert len(set(scores.tolist())) == 3
+        assert all((np.diff(places[scores == score]) > 0).all() for score in scores)
 
 
 def test_rows_that_fill_up_a_group_are_never_found() -> None:

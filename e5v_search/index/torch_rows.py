@@ -3,7 +3,7 @@
 torch is no part of the other indexes, and loaded only by those who ask for GPUs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
@@ -17,7 +17,7 @@ from e5v_search.index.rows import Rows
 from e5v_search.index.scan import BLOCK
 
 _GROUP = 32  # scores of which the greatest is sought first: to sort one in so many is soon done
-_SCORES = 1 << 28  # numbers, at once on a device
+_NUMBERS = 1 << 28  # worked on at once by a device
 
 
 def devices() -> list[str]:
@@ -31,15 +31,17 @@ class TorchRows:
     def __init__(self, rows: Rows, devices: Sequence[str]) -> None:
         ends = np.linspace(0, rows.ntotal, len(devices) + 1).astype(int).tolist()
         shares = [(*share, device) for share, device in zip(pairwise(ends), devices, strict=True) if share[0] < share[1]]
-        self._rows = rows
         self._parts = [_part(rows, *share) for share in shares]
         self._threads = ThreadPoolExecutor(len(shares), thread_name_prefix="torch")
 
     def search(self, xq: np.ndarray, width: int) -> Found:
-        """Places I (nq, width) of the best rows and D, their scores as they are on the processor."""
+        """D and places I (nq, least of width and ntotal) of the best rows, best first, of equal scores the smaller place first.
+
+        Scores are summed up in single precision, in another order than on the processor.
+        """
+        nothing = np.empty((len(xq), 0), np.float32), np.empty((len(xq), 0), np.int64)
         found = self._threads.map(lambda part: part.best(xq, width), self._parts)
-        _, near = reduce(lambda one, other: merged(one, other, width), found)
-        return self._rows.ranked(xq, near, near.shape[1])
+        return reduce(lambda one, other: merged(one, other, width), found, nothing)
 
 
 @dataclass(frozen=True)
@@ -51,27 +53,33 @@ class _Part:
     x: torch.Tensor
 
     def best(self, xq: np.ndarray, width: int) -> Found:
-        at_once = max(1, _SCORES // len(self.x))
-        found = [self._best(xq[at : at + at_once], min(width, self.n)) for at in range(0, len(xq), at_once)]
+        width = min(width, self.n)
+        at_once = max(1, _NUMBERS // max(len(self.x), width * self.x.shape[1]))
+        found = [self._best(torch.tensor(some, device=self.x.device), width) for some in _split(xq, at_once)]
         D, I = (torch.cat(side).cpu().numpy() for side in zip(*found, strict=True))  # noqa: E741
         return D, I + self.start
 
     @torch.inference_mode()
-    def _best(self, xq: np.ndarray, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = self._scores(torch.tensor(xq, device=self.x.device))
+    def _best(self, xq: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self._scores(xq)
         scores[:, self.n :] = -torch.inf
         greatest = scores.view(len(xq), -1, _GROUP).amax(2)
         # the best `width` scores lie in as many groups at most, and those have the greatest greatest
         groups = greatest.topk(min(width, greatest.shape[1])).indices
         places = (groups[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
-        D, at = scores.gather(1, places).topk(width)
-        return D, places.gather(1, at)
+        near = places.gather(1, scores.gather(1, places).topk(width).indices)
+        # a sum for each, not a product of matrices, so that copies of a row score the same wherever they are
+        return (self.x[near].float() * xq[:, None]).sum(2), near
 
     def _scores(self, xq: torch.Tensor) -> torch.Tensor:
-        """(nq, len(x)) in single precision, which a product of halves on a GPU adds up in."""
+        """(nq, len(x)) in single precision; on a GPU of queries in half precision."""
         if self.x.is_cuda:
             return torch.mm(xq.half(), self.x.T, out_dtype=torch.float32)
         return torch.cat([xq @ x.float().T for x in torch.split(self.x, BLOCK)], dim=1)
+
+
+def _split(xq: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (xq[at : at + size] for at in range(0, len(xq), size))
 
 
 def _part(rows: Rows, start: int, stop: int, device: str) -> _Part:
