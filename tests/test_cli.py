@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -210,6 +211,8 @@ def test_models_and_doctor(library: Path) -> None:
     assert health["healthy"] is True
     statuses = {finding["name"]: finding["status"] for finding in health["findings"]}
     assert statuses["e5v-tiny"] == statuses["FAISS"] == statuses["collection"] == "ok"
+    [faiss] = [finding["detail"] for finding in health["findings"] if finding["name"] == "FAISS"]
+    assert re.fullmatch(r"faiss-\w+ [\d.]+, which sees (no GPU|1 GPU|\d+ GPUs)", faiss)
 
 
 def test_doctor_finds_what_is_bad(copied: Path) -> None:

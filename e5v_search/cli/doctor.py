@@ -13,7 +13,7 @@ import click
 
 from e5v_search.cli.options import debug_option, examples, json_option
 from e5v_search.cli.printing import count, print_json, printable, size
-from e5v_search.errors import E5VError
+from e5v_search.errors import E5VError, MissingPackage
 
 _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "pillow", "sqlite-utils", "rich")
 _OPTIONAL = {"bitsandbytes": "no 4 or 8 bit weights", "pillow-heif": "no HEIC photos", "peft": "no adapters"}
@@ -93,15 +93,17 @@ def _version(distribution: str) -> str | None:
 
 
 def _faiss() -> Iterator[Finding]:
-    from e5v_search.index import faiss_problem
+    from e5v_search.index import gpus_of_faiss
 
-    problem = faiss_problem()
-    if problem is not None:
-        reason, _, remedy = problem.partition("; mend it with: ")
+    try:
+        seen = gpus_of_faiss()
+    except MissingPackage as error:
+        reason, _, remedy = str(error).partition("; mend it with: ")
         yield Finding("FAISS", "bad", reason, remedy)
         return
     wheels = [f"{name} {version}" for name in ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs") if (version := _version(name))]
-    yield Finding("FAISS", "ok", ", ".join(wheels) or "installed, but by no wheel that is known here")
+    installed = ", ".join(wheels) or "installed, but by no wheel that is known here"
+    yield Finding("FAISS", "ok", f"{installed}, which sees {count(seen, 'GPU') if seen else 'no GPU'}")
 
 
 def _device() -> Iterator[Finding]:

@@ -8,7 +8,7 @@ nobody does.
 
 from e5v_search.index.base import Index, IndexDamaged, Stamp
 from e5v_search.index.flat import FlatIndex
-from e5v_search.index.library import faiss_problem
+from e5v_search.index.library import faiss_problem, gpus_of_faiss
 from e5v_search.index.mapped import MappedIndex
 from e5v_search.index.milvus import MilvusIndex, Place, check
 from e5v_search.index.recipe import KINDS, Recipe, by_size, read_recipe
@@ -29,6 +29,7 @@ __all__ = [
     "by_size",
     "check",
     "faiss_problem",
+    "gpus_of_faiss",
     "load",
     "read_facts",
     "read_recipe",

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from e5v_search.index.base import Found
-from e5v_search.index.library import library
+from e5v_search.index.library import gpus_of_faiss, library
 from e5v_search.index.recipe import Recipe
 from e5v_search.index.rows import Rows, quantiser, search, view
 from e5v_search.index.scan import BLOCK, Scan
@@ -80,7 +80,7 @@ class OnGpus(Scan):
                 return None
 
     def _brought(self) -> Finder | None:
-        gpus = library().get_num_gpus()
+        gpus = gpus_of_faiss()
         try:
             find = self.bring(gpus) if gpus else _by_torch(self.rows)
             missed = 0.0 if find is None else _missed(self.rows, find, self.recipe)

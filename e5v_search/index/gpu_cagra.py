@@ -12,7 +12,7 @@ import numpy as np
 
 from e5v_search.index.base import Found, merged
 from e5v_search.index.gpu import Finder, OnGpus, flat, reason
-from e5v_search.index.library import library
+from e5v_search.index.library import gpus_of_faiss, library
 from e5v_search.index.recipe import Recipe
 from e5v_search.index.rows import Rows, quantiser, view
 from e5v_search.index.scan import opened, serialised
@@ -95,7 +95,7 @@ def _some(rows: Rows, start: int, stop: int) -> Rows:
 
 def _graphs(rows: Rows, recipe: Recipe) -> list[Any]:
     """Links among the rows of each GPU's share; none where they are few, or cannot be made."""
-    gpus = library().get_num_gpus()
+    gpus = gpus_of_faiss()
     if rows.ntotal < _LEAST * max(gpus, 1):
         return []
     if not gpus:

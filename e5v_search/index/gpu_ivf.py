@@ -9,7 +9,7 @@ import numpy as np
 from e5v_search.index.base import Found
 from e5v_search.index.gpu import MOST, Finder, OnGpus, reason, refined, search_refined, shared_out
 from e5v_search.index.ivf import GROWTH, lists_and_sample, same_centres
-from e5v_search.index.library import library
+from e5v_search.index.library import gpus_of_faiss, library
 from e5v_search.index.recipe import Recipe, lists_for
 from e5v_search.index.rows import Rows
 from e5v_search.index.scan import opened, serialised
@@ -54,8 +54,7 @@ class OnGpuIvf(OnGpus):
 
 def _train(centres: Any, x: np.ndarray) -> None:
     """k-means, on GPUs where there are any."""
-    faiss = library()
-    if faiss.get_num_gpus():
+    if gpus_of_faiss():
         try:
             nearest = _nearest(centres.d)
             centres.clustering_index = nearest  # FAISS keeps no more than its address

@@ -47,6 +47,11 @@ def library() -> Any:
     return faiss
 
 
+def gpus_of_faiss() -> int:
+    """How many GPUs it can use, none in a build for processors alone. Raises MissingPackage."""
+    return int(library().get_num_gpus())
+
+
 @contextmanager
 def faiss_errors() -> Iterator[None]:
     try:
