@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from e5v_search.errors import CollectionError
-from e5v_search.index import IndexDamaged, Recipe, Stamp, build, load
+from e5v_search.index import IndexDamaged, Recipe, Stamp, build, column, load
 from e5v_search.index import rows as rows_module
 from e5v_search.index.rows import Rows
 
@@ -24,11 +24,13 @@ def written(folder: Path, n: int = 500) -> tuple[Path, np.ndarray]:
     return folder / "r", x
 
 
-@pytest.fixture(params=["small", "large"])
+@pytest.fixture(params=["small", "large", "without pread"])
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a file of rows is taken for."""
-    if request.param == "large":
+    """What a file of rows is taken for, or that it cannot be read from the middle, as on Windows."""
+    if request.param != "small":
         monkeypatch.setattr(rows_module, "_MAPPED", 0)
+    if request.param == "without pread":
+        monkeypatch.delattr(os, "pread", raising=False)
     return str(request.param)
 
 
@@ -80,6 +82,27 @@ def test_what_a_disk_refuses_is_an_error_of_the_search_alone(tmp_path: Path, mon
     with pytest.raises(CollectionError, match=r"r was cut short.*e5v-search rebuild"):
         rows.vectors(np.array([5, 400]))
     np.testing.assert_array_equal(rows.vectors(np.array([5])), x[[5]].astype(np.float32))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs a system that can be told what will be read")
+@pytest.mark.parametrize(("at_hand", "told"), [(0.0, 30), (1e9, 10)])
+def test_a_disk_that_is_waited_for_is_told_what_comes(
+    tmp_path: Path, size: str, at_hand: float, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(column, "_AT_HAND", at_hand)
+    path, x = written(tmp_path)
+    asked: list[int] = []
+    tell = os.posix_fadvise
+
+    def counted(file: int, at: int, n: int, what: int) -> None:
+        asked.append(at)
+        tell(file, at, n, what)
+
+    monkeypatch.setattr(os, "posix_fadvise", counted)
+    rows = Rows.mapped(path, D, 500)
+    for places in np.random.default_rng(0).permutation(500)[:30].reshape(3, 10):
+        np.testing.assert_array_equal(rows.vectors(places), x[places].astype(np.float32))
+    assert len(asked) == (0 if size == "without pread" else told)  # the first are always told: nothing is known of the disk
 
 
 def test_a_file_that_is_gone_is_a_damaged_index(tmp_path: Path, size: str) -> None:

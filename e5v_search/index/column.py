@@ -5,6 +5,8 @@ the next one overwrites it.
 """
 
 import os
+import time
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from e5v_search.errors import from_os_error
+from e5v_search.errors import CollectionError, from_os_error
 from e5v_search.index.sealed import CHUNK, IndexDamaged
+
+_AT_HAND = 1e-5  # seconds in which a row is had that need not be waited for
 
 
 def append(path: Path, blocks: Iterable[np.ndarray], at: int = 0, crc32: int = 0) -> tuple[int, int]:
@@ -45,10 +49,37 @@ def mapped(path: Path, size: int) -> np.ndarray:
     return data
 
 
-def opened(path: Path) -> int:
-    """A descriptor for reading, for the caller to close. Raises IndexDamaged."""
-    with _reading(path):
-        return os.open(path, os.O_RDONLY)
+class Reader:
+    """Few rows of `size` bytes at a time, from anywhere in a file, which stays open as long as this. Raises IndexDamaged."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._path = path
+        self._size = size
+        with _reading(path):
+            self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._waited = True
+
+    def rows(self, places: np.ndarray, mapped: np.ndarray | None) -> np.ndarray:
+        """Those at places (n,), (n, size) uint8, copied from where the file is `mapped`, or read. Raises CollectionError."""
+        began = time.perf_counter()
+        starts = (places * self._size).tolist()
+        if self._waited and hasattr(os, "posix_fadvise"):
+            # told of all of them, a disk has them soon; else it is asked for one after the other, with much around each
+            for at in starts:
+                os.posix_fadvise(self._file, at, self._size, os.POSIX_FADV_WILLNEED)
+        found: np.ndarray = self._read(starts) if mapped is None else mapped[places]
+        self._waited = time.perf_counter() - began > _AT_HAND * len(places)
+        return found
+
+    def _read(self, starts: list[int]) -> np.ndarray:
+        try:
+            data = b"".join([os.pread(self._file, self._size, at) for at in starts])
+        except OSError as error:
+            raise CollectionError(f"{self._path} cannot be read: {error.strerror or error}") from error
+        if len(data) != len(starts) * self._size:
+            raise CollectionError(f"{self._path.name} was cut short; make the index anew with: e5v-search rebuild")
+        return np.frombuffer(data, np.uint8).reshape(-1, self._size)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Half-precision rows as FAISS's scalar quantiser has them, in memory or in a file, and their exact scan."""
 
 import os
-import weakref
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from e5v_search.errors import CollectionError
 from e5v_search.index import column
 from e5v_search.index.base import Found, best, merged
 from e5v_search.index.library import faiss_errors, library
@@ -57,37 +55,28 @@ class Rows:
     index: FAISS's, over all of them. codes (ntotal, 2 d) uint8: the float16 numbers.
     """
 
-    def __init__(self, index: Any, path: Path | None = None) -> None:
+    def __init__(self, index: Any, file: column.Reader | None = None) -> None:
         self.index = index
         self.d = int(index.d)
         self.ntotal = int(index.ntotal)
         codes: np.ndarray = library().rev_swig_ptr(index.codes.data(), self.ntotal * index.code_size)
         self.codes = codes.reshape(self.ntotal, index.code_size)
-        self._path = path
-        self._file: int | None = None
+        self._file = file
         # the system maps up to two megabytes around a row that is touched: of a large file all would soon be resident
-        if path is not None and codes.size > _MAPPED and hasattr(os, "pread"):
-            self._file = column.opened(path)
-            weakref.finalize(self, os.close, self._file)
+        self._large = codes.size > _MAPPED
 
     @classmethod
     def mapped(cls, path: Path, d: int, n: int) -> Self:
         """The first n rows of a file. Raises IndexDamaged if there are fewer."""
-        return cls(view(quantiser(d), column.mapped(path, 2 * d * n).reshape(n, 2 * d)), path)
+        index = view(quantiser(d), column.mapped(path, 2 * d * n).reshape(n, 2 * d))
+        return cls(index, column.Reader(path, 2 * d) if hasattr(os, "pread") else None)
 
     def read(self, places: np.ndarray) -> np.ndarray:
         """The codes (n, 2 d) uint8 at places (n,), copied. Raises CollectionError."""
-        if self._file is None or self._path is None:
-            codes: np.ndarray = self.codes[places]
-            return codes
-        size = self.codes.shape[1]
-        try:
-            data = b"".join([os.pread(self._file, size, at) for at in (places * size).tolist()])
-        except OSError as error:
-            raise CollectionError(f"{self._path} cannot be read: {error.strerror or error}") from error
-        if len(data) != len(places) * size:
-            raise CollectionError(f"{self._path.name} was cut short; make the index anew with: e5v-search rebuild")
-        return np.frombuffer(data, np.uint8).reshape(-1, size)
+        if self._file is not None:
+            return self._file.rows(places, None if self._large else self.codes)
+        codes: np.ndarray = self.codes[places]
+        return codes
 
     def vectors(self, places: np.ndarray) -> np.ndarray:
         """The rows (n, d) float32 at places (n,)."""
