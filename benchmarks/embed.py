@@ -6,7 +6,8 @@ Sizes 100m and 8b hold seeded random weights (benchmarks/models.py), tiny is e5v
 (benchmarks/published.py) runs at batch 1 and at the best of --batches, ours as `Embedder` does it, also with int8 on a
 processor or fp8 on a GPU, and sentence-transformers on texts with the same weights where it is installed. Every round runs all
 of them, one after the other, each in a process of its own; a ratio is the median of the ratios within a round. Processor
-seconds stand beside seconds, as a machine may be busy with other things. Written to results/embed-SIZE.json.
+seconds stand beside seconds, as a machine may be busy with other things. At last come single queries to ours (queries.py): one
+text against reading the weights once, and the second change to a photo against the first. Written to results/embed-SIZE.json.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import torch
 from flops import language, vision
 from machine import arguments, save
 from models import SIZES, write
+from queries import measure
 
 from e5v_search import media
 from e5v_search.backbones import registry
@@ -202,7 +204,8 @@ def main() -> None:
         ways += ["ours int8" if args.device == "cpu" else "ours fp8"]
         ways = [way for way in ways if way not in args.skip]
         runs = {way: Contestant(way, folder, args, (photos, texts)) for way in ways}
-        work = Work(LlavaNextEmbedder.load(str(folder), device=args.device, dtype=args.dtype), photos, texts)
+        embedder = LlavaNextEmbedder.load(str(folder), device=args.device, dtype=args.dtype)
+        work = Work(embedder, photos, texts)
         dtype = getattr(torch, args.dtype)
         rate = matrix_rate(args.device, dtype, 2048 if args.device == "cpu" else 8192)
         result = rounds(runs, work, args)
@@ -211,7 +214,9 @@ def main() -> None:
                 seconds = found["processor_s"] if args.device == "cpu" else work.n[kind] / found["per_s"]
                 found["share_of_matrix_rate"] = round(work.flop[kind] / seconds / rate, 3)
         memory = {way: run.end() for way, run in runs.items()}
+        result["queries"] = measure(embedder, photos, texts, args.rounds)
     print(PEAK, memory)
+    print("queries", result["queries"])
     command = f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/embed.py {arguments(sys.argv[1:])}"
     head = {
         "command": command,
