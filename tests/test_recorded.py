@@ -3,9 +3,12 @@
 No GPU takes part. A recording here calls the function again on the same memory, as a CUDA graph runs its kernels again on it.
 """
 
+import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from e5v_search.backbones import registry
 from e5v_search.backbones.llava_next import LlavaNextEmbedder
-from e5v_search.backbones.recorded import LENGTHS, Record, Recorded
+from e5v_search.backbones.recorded import LENGTHS, Record, Recorded, cuda_graphs
 
 CPU = torch.device("cpu")
 
@@ -64,7 +67,7 @@ def test_single_texts_of_the_bundled_model(caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.parametrize("t", LENGTHS)
-def test_nothing_is_looked_at_nor_sent_for(small: LlavaNextEmbedder, t: int, tmp_path: Path) -> None:
+def test_nothing_is_looked_at_nor_sent_for(small: LlavaNextEmbedder, t: int) -> None:
     """What is recorded may not depend on numbers, and no memory but the device's may take part."""
     ours = embedder(small.folder)
     ours.model.to("meta")
@@ -72,6 +75,69 @@ def test_nothing_is_looked_at_nor_sent_for(small: LlavaNextEmbedder, t: int, tmp
         ids, n = (torch.empty(*shape, dtype=torch.long, device="meta") for shape in ((1, t), (1,)))
         assert ours._read(ids, n).shape == (1, ours.dim)
     assert mode.copies == []
+
+
+class Graphs:
+    """What torch.cuda has for recordings. Played back, one calls the function again. `why`: it cannot be recorded."""
+
+    def __init__(self, why: str | None = None) -> None:
+        self.why, self.current, self.log = why, "default", list[str]()
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+    def Stream(self, device: torch.device) -> "Graphs":
+        return self
+
+    def current_stream(self, device: torch.device) -> "Graphs":
+        return self
+
+    def wait_stream(self, stream: "Graphs") -> None:
+        self.log.append("wait")
+
+    @contextmanager
+    def stream(self, stream: "Graphs") -> Iterator[None]:
+        before, self.current = self.current, "aside"
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def CUDAGraph(self) -> "Graphs":
+        return self
+
+    @contextmanager
+    def graph(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        inspect.signature(torch.cuda.graph).bind(*args, **kwargs)
+        self.current = "capturing"  # and as torch does it, for good when it fails
+        yield
+        if self.why:
+            raise RuntimeError(self.why)
+        self.current = "aside"
+        self.log.append("recorded")
+
+    def replay(self) -> None:
+        self.log.append("replay")
+
+
+@pytest.mark.parametrize("why", [None, "operation failed due to a previous error during capture"])
+def test_a_recording_is_made_aside_after_some_calls(why: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    runtime, where = Graphs(why), []
+
+    def read(ids: Tensor, n: Tensor) -> Tensor:
+        where.append(runtime.current)
+        return torch.ones(1, 4) * n
+
+    recorded = Recorded(read, cuda_graphs(CPU, runtime), CPU)
+    for _ in range(3):
+        recorded([1, 2, 3])
+    assert runtime.current == "default"
+    made = ["default", "default", "aside", "aside", "aside", "capturing"]
+    if why is None:
+        assert (where, runtime.log, caplog.messages) == (made, ["wait", "recorded", "wait", "replay", "replay"], [])
+    else:
+        assert (where, runtime.log) == ([*made, "default"], ["wait"])
+        assert why in caplog.messages[0]
 
 
 # when

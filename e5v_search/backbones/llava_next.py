@@ -4,6 +4,7 @@ An embedding is the last layer's hidden state after the final norm at the last p
 """
 
 import hashlib
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -124,6 +125,7 @@ class LlavaNextEmbedder(LanguageModel):
         )
         self.memory = PrefixMemory(default_limit(self.device))
         self.model.kernel = kernel_for(text, self.device, self.dtype)
+        self._beginning_alone = threading.Lock()
         self.link = link(self.device)
         self.abreast = self.link.abreast
         packed = self.model.kernel is not None
@@ -231,16 +233,23 @@ class LlavaNextEmbedder(LanguageModel):
             groups.setdefault(row.begin.key, []).append(i)
         out: dict[int, np.ndarray] = {}
         for some in self.batches.cut(list(groups.values()), lambda group: rows[group[0]].begin.length):
-            # prefixes are large: those of one batch of pictures at a time
-            prefixes = self._prefixes([rows[group[0]].begin for group in some], memory)
-            work = [(i, prefix) for group, prefix in zip(some, prefixes, strict=True) for i in group]
-            vectors: list[np.ndarray] = self.batches.run(
-                work,
-                lambda row: rows[row[0]].begin.length + len(rows[row[0]].ids),
-                lambda batch: self._go_on([rows[i].ids for i, _ in batch], [prefix for _, prefix in batch]),
-            )
-            out |= zip((i for i, _ in work), vectors, strict=True)
+            # prefixes are large: those of one batch of pictures at a time, in however many threads
+            with self._beginning_alone:
+                out |= self._go_on_in_groups(rows, some, memory)
         return [out[i] for i in range(len(rows))]
+
+    def _go_on_in_groups(
+        self, rows: Sequence[Continued], groups: Sequence[list[int]], memory: PrefixMemory | None
+    ) -> dict[int, np.ndarray]:
+        """By their places in `rows`, the vectors of those in groups that begin alike."""
+        prefixes = self._prefixes([rows[group[0]].begin for group in groups], memory)
+        work = [(i, prefix) for group, prefix in zip(groups, prefixes, strict=True) for i in group]
+        vectors: list[np.ndarray] = self.batches.run(
+            work,
+            lambda row: rows[row[0]].begin.length + len(rows[row[0]].ids),
+            lambda batch: self._go_on([rows[i].ids for i, _ in batch], [prefix for _, prefix in batch]),
+        )
+        return dict(zip((i for i, _ in work), vectors, strict=True))
 
     def _prefixes(self, begins: Sequence[Beginning], memory: PrefixMemory | None) -> list[Tensor]:
         """Of beginnings that all differ."""

@@ -6,6 +6,7 @@ Alone, it is at its kernels for less time than it takes to launch them: on a GPU
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,20 +26,20 @@ Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Runs a function, and gives one that does again, in the same memory, what its kernels did."""
 
 
-def cuda_graphs(device: torch.device) -> Record:
+def cuda_graphs(device: torch.device, runtime: Any = torch.cuda) -> Record:
     """Recordings that share their memory: no two may be played at a time, nor what one gave be read after another was."""
-    pool = torch.cuda.graph_pool_handle()
+    pool, aside = runtime.graph_pool_handle(), runtime.Stream(device)
 
     def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        aside, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(device))
+        graph = runtime.CUDAGraph()
+        aside.wait_stream(runtime.current_stream(device))
         # a recording that fails would leave its stream the current one: this takes it back
-        with torch.cuda.stream(aside):
+        with runtime.stream(aside):
             for _ in range(_WARM):  # what libraries do at their first call cannot be recorded
                 run()
-            with torch.cuda.graph(graph, pool, aside, capture_error_mode="thread_local"):
+            with runtime.graph(graph, pool, aside, capture_error_mode="thread_local"):
                 found = run()
-        torch.cuda.current_stream(device).wait_stream(aside)
+        runtime.current_stream(device).wait_stream(aside)
 
         def replay() -> Tensor:
             graph.replay()
