@@ -5,10 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from e5v_search.backbones import registry
+from e5v_search.backbones.llava_next import LlavaNextEmbedder
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from flops import language, vision
 from models import SIZES
+from queries import measure
+
+PHOTO = Path(registry.__file__).parent.parent / "samples" / "cat.jpg"
 
 
 @pytest.mark.parametrize(
@@ -25,3 +31,15 @@ def test_flops_of_one_token() -> None:
     c = SIZES["8b"]
     one_layer = 4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336
     assert language(c, 1) == 32 * (2 * one_layer + 2 * 4096)
+
+
+def test_single_queries_are_set_beside_the_weights_that_they_read() -> None:
+    embedder = LlavaNextEmbedder.load(registry.TINY, device="cpu", dtype="float32")
+    found = measure(embedder, [PHOTO], ["a dog", "two cats on a red roof"], rounds=1)
+    c = embedder.model.config.text_config
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size + 2)  # and two norms
+    assert found["weights_mb"] == pytest.approx(c.num_hidden_layers * layer * 4 / 1e6, abs=0.1)
+    ratio = found["text_ms"] / found["reading_the_weights_ms"]
+    assert found["text_against_reading_the_weights"] == pytest.approx(ratio, rel=0.1)
+    assert (embedder.memory.hits, embedder.memory.misses) == (2, 2)
