@@ -1,4 +1,4 @@
-"""Rows in a file: the few that are asked for, read from a large one without mapping it, and their exact scores."""
+"""Rows in a file: the few that are asked for, read without mapping it, and their exact scores."""
 
 import errno
 import os
@@ -24,17 +24,15 @@ def written(folder: Path, n: int = 500) -> tuple[Path, np.ndarray]:
     return folder / "r", x
 
 
-@pytest.fixture(params=["small", "large", "without pread"])
-def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a file of rows is taken for, or that it cannot be read from the middle, as on Windows."""
-    if request.param != "small":
-        monkeypatch.setattr(rows_module, "_MAPPED", 0)
-    if request.param == "without pread":
+@pytest.fixture(params=["read", "mapped"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How rows are had: as on Windows, where a file cannot be read from the middle, they are mapped."""
+    if request.param == "mapped":
         monkeypatch.delattr(os, "pread", raising=False)
     return str(request.param)
 
 
-def test_rows_are_those_of_the_file(tmp_path: Path, size: str) -> None:
+def test_rows_are_those_of_the_file(tmp_path: Path, way: str) -> None:
     path, x = written(tmp_path)
     rows = Rows.mapped(path, D, 400)  # behind them lies what nobody counts yet
     assert (rows.ntotal, rows.d) == (400, D)
@@ -46,7 +44,7 @@ def test_rows_are_those_of_the_file(tmp_path: Path, size: str) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 7, 1000])
 def test_candidates_are_ranked_by_their_exact_scores(
-    tmp_path: Path, size: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, way: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "_COPIED", at_once * 2 * D)
     path, x = written(tmp_path)
@@ -67,7 +65,6 @@ def test_candidates_are_ranked_by_their_exact_scores(
 
 @pytest.mark.skipif(not hasattr(os, "pread"), reason="files are mapped where they cannot be read from the middle")
 def test_what_a_disk_refuses_is_an_error_of_the_search_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "_MAPPED", 0)
     path, x = written(tmp_path)
     rows = Rows.mapped(path, D, 500)
 
@@ -87,7 +84,7 @@ def test_what_a_disk_refuses_is_an_error_of_the_search_alone(tmp_path: Path, mon
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs a system that can be told what will be read")
 @pytest.mark.parametrize(("at_hand", "told"), [(0.0, 30), (1e9, 10)])
 def test_a_disk_that_is_waited_for_is_told_what_comes(
-    tmp_path: Path, size: str, at_hand: float, told: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, way: str, at_hand: float, told: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(column, "_AT_HAND", at_hand)
     path, x = written(tmp_path)
@@ -102,10 +99,10 @@ def test_a_disk_that_is_waited_for_is_told_what_comes(
     rows = Rows.mapped(path, D, 500)
     for places in np.random.default_rng(0).permutation(500)[:30].reshape(3, 10):
         np.testing.assert_array_equal(rows.vectors(places), x[places].astype(np.float32))
-    assert len(asked) == (0 if size == "without pread" else told)  # the first are always told: nothing is known of the disk
+    assert len(asked) == (told if way == "read" else 0)  # the first are always told: nothing is known of the disk
 
 
-def test_a_file_that_is_gone_is_a_damaged_index(tmp_path: Path, size: str) -> None:
+def test_a_file_that_is_gone_is_a_damaged_index(tmp_path: Path, way: str) -> None:
     with pytest.raises(IndexDamaged, match="r is missing"):
         Rows.mapped(tmp_path / "r", D, 1)
     path, _ = written(tmp_path)
@@ -135,19 +132,19 @@ def resident(name: str) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's account of mapped files")
-def test_of_a_large_file_nothing_comes_to_lie_in_memory(tmp_path: Path, size: str) -> None:
+def test_of_the_file_nothing_comes_to_lie_in_memory(tmp_path: Path, way: str) -> None:
     path, x = made(tmp_path)
     index = load(path)
     [rows] = tmp_path.glob("*.rows")
     index.search(x[:5].astype(np.float32), 10)
     index.search(x[:5].astype(np.float32), 10, ids=np.arange(0, 3000, 50))
     index.vectors(np.arange(40))
-    assert (resident(rows.name) == 0) == (size == "large")
+    assert (resident(rows.name) == 0) == (way == "read")
     assert resident(next(tmp_path.glob("*.codes")).name) > 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of open files")
-def test_files_are_closed_with_the_index(tmp_path: Path, size: str) -> None:
+def test_files_are_closed_with_the_index(tmp_path: Path, way: str) -> None:
     path, x = made(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -162,9 +159,9 @@ FORKED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from e5v_search.index import load, onebit, rows
+from e5v_search.index import load, onebit
 
-onebit._PART, rows._MAPPED = 1000, 0
+onebit._PART = 1000
 index = load(Path(sys.argv[1]))
 xq = index.vectors(np.arange(7))
 def found():

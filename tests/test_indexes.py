@@ -208,7 +208,6 @@ class TestLikeADict(LikeADict.TestCase):
         monkeypatch.setattr(indexes, "_BEHIND", 7)
         monkeypatch.setattr(indexes, "_AT_ONCE", 4)
         monkeypatch.setattr(onebit, "_PART", 40)  # bytes: three rows or so are scanned in a thread of their own
-        monkeypatch.setattr(rows_module, "_MAPPED", 10 * 2 * D)  # above ten rows a file is large
         monkeypatch.setattr(rows_module, "_COPIED", 4 * 2 * D)
 
 

@@ -28,11 +28,8 @@ class Coded(Scan):
         self._data = np.empty(0, np.uint8)
 
     def search(self, xq: np.ndarray, width: int, chosen: np.ndarray | None, effort: int) -> Found:
-        most = min(max(_SPARE * width, self.recipe.candidates), self.rows.ntotal)
+        most = self._most(width)
         workers = library().omp_get_max_threads()
-        if len(xq) < workers:
-            near = self._shared(xq, most, chosen, effort)
-            return threads(workers).submit(self.rows.ranked, xq, near, width).result()
 
         def some(x: np.ndarray) -> Found:
             return self.rows.ranked(x, self._candidates(x, most, chosen, effort), width)
@@ -46,9 +43,9 @@ class Coded(Scan):
     def _candidates(self, xq: np.ndarray, most: int, chosen: np.ndarray | None, effort: int) -> np.ndarray:
         """Positions (nq, most) of rows, -1 where there are no more."""
 
-    @abstractmethod
-    def _shared(self, xq: np.ndarray, most: int, chosen: np.ndarray | None, effort: int) -> np.ndarray:
-        """The same for fewer queries than there are threads, which share the work for each."""
+    def _most(self, width: int) -> int:
+        """How many candidates there are to be for so many results."""
+        return min(max(_SPARE * width, self.recipe.candidates), self.rows.ntotal)
 
     def problems(self) -> list[str]:
         right = column.checksum(self._data) == self.facts["codes_crc32"]

@@ -60,23 +60,19 @@ class Reader:
         weakref.finalize(self, os.close, self._file)
         self._waited = True
 
-    def rows(self, places: np.ndarray, mapped: np.ndarray | None) -> np.ndarray:
-        """Those at places (n,), (n, size) uint8, copied from where the file is `mapped`, or read. Raises CollectionError."""
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """Those at places (n,), (n, size) uint8. Raises CollectionError."""
         began = time.perf_counter()
         starts = (places * self._size).tolist()
         if self._waited and hasattr(os, "posix_fadvise"):
             # told of all of them, a disk has them soon; else it is asked for one after the other, with much around each
             for at in starts:
                 os.posix_fadvise(self._file, at, self._size, os.POSIX_FADV_WILLNEED)
-        found: np.ndarray = self._read(starts) if mapped is None else mapped[places]
-        self._waited = time.perf_counter() - began > _AT_HAND * len(places)
-        return found
-
-    def _read(self, starts: list[int]) -> np.ndarray:
         try:
             data = b"".join([os.pread(self._file, self._size, at) for at in starts])
         except OSError as error:
             raise CollectionError(f"{self._path} cannot be read: {error.strerror or error}") from error
+        self._waited = time.perf_counter() - began > _AT_HAND * len(places)
         if len(data) != len(starts) * self._size:
             raise CollectionError(f"{self._path.name} was cut short; make the index anew with: e5v-search rebuild")
         return np.frombuffer(data, np.uint8).reshape(-1, self._size)

@@ -41,7 +41,6 @@ class Ivf(Coded):
         self._mapped = self._as_lists()
         self._ivf.replace_invlists(self._mapped, False)
         self._ivf.ntotal = rows.ntotal
-        self._ivf.parallel_mode = 1  # a single query's lists are shared out among FAISS's threads
 
     def _lists(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Codes (m, code_size) and positions (m,) of each list."""
@@ -88,8 +87,6 @@ class Ivf(Coded):
         with faiss_errors():
             near: np.ndarray = self._coarse.search(xq, most, params=faiss.SearchParametersPreTransform(index_params=inner))[1]
         return near
-
-    _shared = _candidates
 
     def outgrown(self, n: int) -> bool:
         return not self.recipe.lists and lists_for(n) >= GROWTH * self._ivf.nlist

@@ -59,17 +59,22 @@ class OneBit(Coded):
         _, crc32 = column.append(self.codes, more, len(self._data), self.facts["codes_crc32"])
         return type(self)(rows, self.recipe, self.head, self.facts | {"codes_crc32": crc32}, path.parent)
 
-    def _candidates(self, xq: np.ndarray, most: int, chosen: np.ndarray | None, effort: int) -> np.ndarray:
-        return self._near(self._whole, xq, most, chosen)[1]
+    def search(self, xq: np.ndarray, width: int, chosen: np.ndarray | None, effort: int) -> Found:
+        if len(xq) >= len(self._parts):
+            return super().search(xq, width, chosen, effort)
+        most = self._most(width)
 
-    def _shared(self, xq: np.ndarray, most: int, chosen: np.ndarray | None, effort: int) -> np.ndarray:
         def near(part: tuple[int, int, Any]) -> Found:
             start, stop, coarse = part
             D, I = self._near(coarse, xq, min(most, stop - start), None if chosen is None else chosen[start:stop])  # noqa: E741
             return -D, np.where(I < 0, I, I + start)
 
-        found = threads(len(self._parts)).map(near, self._parts)
-        return reduce(lambda one, other: merged(one, other, most), found)[1]
+        workers = threads(len(self._parts))
+        found = reduce(lambda one, other: merged(one, other, most), workers.map(near, self._parts))
+        return workers.submit(self.rows.ranked, xq, found[1], width).result()
+
+    def _candidates(self, xq: np.ndarray, most: int, chosen: np.ndarray | None, effort: int) -> np.ndarray:
+        return self._near(self._whole, xq, most, chosen)[1]
 
     def _near(self, coarse: Any, xq: np.ndarray, most: int, chosen: np.ndarray | None) -> Found:
         """Estimated distances, least first, and positions."""

@@ -13,7 +13,6 @@ from e5v_search.index.base import Found, best, merged
 from e5v_search.index.library import faiss_errors, library
 
 _COPIED = 1 << 26  # bytes of rows that a search of few of them copies at once
-_MAPPED = 1 << 30  # bytes of a file that may come to lie in this process's memory as searches touch them
 
 
 def quantiser(d: int) -> Any:
@@ -62,8 +61,6 @@ class Rows:
         codes: np.ndarray = library().rev_swig_ptr(index.codes.data(), self.ntotal * index.code_size)
         self.codes = codes.reshape(self.ntotal, index.code_size)
         self._file = file
-        # the system maps up to two megabytes around a row that is touched: of a large file all would soon be resident
-        self._large = codes.size > _MAPPED
 
     @classmethod
     def mapped(cls, path: Path, d: int, n: int) -> Self:
@@ -73,9 +70,8 @@ class Rows:
 
     def read(self, places: np.ndarray) -> np.ndarray:
         """The codes (n, 2 d) uint8 at places (n,), copied. Raises CollectionError."""
-        if self._file is not None:
-            return self._file.rows(places, None if self._large else self.codes)
-        codes: np.ndarray = self.codes[places]
+        # the system maps up to two megabytes around a row that is touched: of the whole file all would soon be resident
+        codes: np.ndarray = self.codes[places] if self._file is None else self._file.rows(places)
         return codes
 
     def vectors(self, places: np.ndarray) -> np.ndarray:
