@@ -28,7 +28,7 @@ def written(folder: Path, n: int = 500) -> tuple[Path, np.ndarray]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How rows are had: as on Windows, where a file cannot be read from the middle, they are mapped."""
     if request.param == "mapped":
-        monkeypatch.delattr(os, "pread", raising=False)
+        monkeypatch.delattr(os, "preadv", raising=False)
     return str(request.param)
 
 
@@ -63,16 +63,16 @@ def test_candidates_are_ranked_by_their_exact_scores(
         np.testing.assert_allclose(D_found[n], [*scores[order], *[-np.inf] * (25 - wanted)], rtol=1e-5)
 
 
-@pytest.mark.skipif(not hasattr(os, "pread"), reason="files are mapped where they cannot be read from the middle")
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="files are mapped where they cannot be read from the middle")
 def test_what_a_disk_refuses_is_an_error_of_the_search_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, x = written(tmp_path)
     rows = Rows.mapped(path, D, 500)
 
-    def broken(*_: object) -> bytes:
+    def broken(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as disk:
-        disk.setattr(os, "pread", broken)
+        disk.setattr(os, "preadv", broken)
         with pytest.raises(CollectionError, match=r"r cannot be read: Input/output error"):
             rows.vectors(np.arange(3))
     os.truncate(path, 300 * 2 * D)

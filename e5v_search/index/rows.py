@@ -1,6 +1,7 @@
 """Half-precision rows as FAISS's scalar quantiser has them, in memory or in a file, and their exact scan."""
 
 import os
+import threading
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -12,7 +13,8 @@ from e5v_search.index import column
 from e5v_search.index.base import Found, best, merged
 from e5v_search.index.library import faiss_errors, library
 
-_COPIED = 1 << 26  # bytes of rows that a search of few of them copies at once
+_COPIED = 1 << 24  # bytes of rows that a search of few of them copies at once
+_own = threading.local()
 
 
 def quantiser(d: int) -> Any:
@@ -66,13 +68,20 @@ class Rows:
     def mapped(cls, path: Path, d: int, n: int) -> Self:
         """The first n rows of a file. Raises IndexDamaged if there are fewer."""
         index = view(quantiser(d), column.mapped(path, 2 * d * n).reshape(n, 2 * d))
-        return cls(index, column.Reader(path, 2 * d) if hasattr(os, "pread") else None)
+        return cls(index, column.Reader(path, 2 * d) if hasattr(os, "preadv") else None)
 
     def read(self, places: np.ndarray) -> np.ndarray:
         """The codes (n, 2 d) uint8 at places (n,), copied. Raises CollectionError."""
-        # the system maps up to two megabytes around a row that is touched: of the whole file all would soon be resident
-        codes: np.ndarray = self.codes[places] if self._file is None else self._file.rows(places)
+        codes = np.empty((len(places), self.codes.shape[1]), np.uint8)
+        self._copy(places, codes)
         return codes
+
+    def _copy(self, places: np.ndarray, into: np.ndarray) -> None:
+        if self._file is None:
+            np.take(self.codes, places, axis=0, out=into, mode="clip")
+        else:
+            # the system maps up to two megabytes around a row that is touched: of the whole file all would soon be resident
+            self._file.read(places, into)
 
     def vectors(self, places: np.ndarray) -> np.ndarray:
         """The rows (n, d) float32 at places (n,)."""
@@ -119,7 +128,9 @@ class Rows:
         """D, and I as places, (nq, least of width and n) for places (n,)."""
 
         def best_of(some: np.ndarray) -> Found:
-            D, at = search(view(quantiser(self.d), self.read(some)), xq, min(width, len(some)))
+            codes = _memory(len(some), self.codes.shape[1])
+            self._copy(some, codes)
+            D, at = search(view(quantiser(self.d), codes), xq, min(width, len(some)))
             return D, some[at]
 
         if not len(places):
@@ -128,3 +139,11 @@ class Rows:
         places = np.sort(places)  # as they lie on the disk
         parts = (best_of(places[start : start + step]) for start in range(0, len(places), step))
         return reduce(lambda one, other: merged(one, other, width), parts)
+
+
+def _memory(n: int, size: int) -> np.ndarray:
+    """(n, size) uint8, the same for all searches of this thread: to be given pages anew may take longer than to read rows."""
+    held: np.ndarray = getattr(_own, "memory", np.empty(0, np.uint8))
+    if held.size < n * size:
+        held = _own.memory = np.empty(n * size, np.uint8)
+    return held[: n * size].reshape(n, size)
