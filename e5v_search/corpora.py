@@ -213,7 +213,11 @@ def _read_csv(path: str | os.PathLike[str]) -> Iterator[Text | Bad]:
         yield Bad(1, first.problem)
         return
     delimiter = max(",;\t", key=first.text.count)  # of equals the comma
-    [header] = csv.reader([first.text], delimiter=delimiter)
+    try:
+        [header] = csv.reader([first.text], delimiter=delimiter)
+    except csv.Error as error:
+        yield Bad(1, f"not CSV ({error})")
+        return
     columns = [name.strip() for name in header]
     if columns.count("text") != 1 or len(set(columns)) < len(columns):
         yield Bad(1, f"the header must name one column text, and no column twice; it has: {', '.join(columns)}")

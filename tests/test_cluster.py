@@ -79,7 +79,7 @@ def write_shard(folder: Path, tiny: Embedder, paths: list[Path]) -> str:
     return name
 
 
-def test_actors_do_what_no_shard_holds_though_one_is_killed(
+def test_actors_do_what_no_shard_holds_though_they_are_killed(
     ray: None, tiny: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "MAX_BATCH", 3)
@@ -89,13 +89,12 @@ def test_actors_do_what_no_shard_holds_though_one_is_killed(
     folder, place = tmp_path / "shards", tmp_path / "many"
     (folder / ".killed.unfinished").mkdir(parents=True)
     before = {write_shard(folder, tiny, paths[i : i + 5]) for i in range(0, PHOTOS // 2, 5)}
-    killed: list[int] = []
 
     def kill() -> None:
         while len(names(folder)) == len(before):
             time.sleep(0.01)
-        killed.append(actors()[0])
-        os.kill(killed[0], signal.SIGKILL)
+        for pid in actors():  # only one may have begun
+            os.kill(pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
@@ -107,12 +106,13 @@ def test_actors_do_what_no_shard_holds_though_one_is_killed(
     [failed] = report["failed"]
     assert Path(failed["path"]).name == "bad.jpg"
     assert "truncated JPEG" in failed["reason"]
-    [line] = [line for line in done.stderr.splitlines() if "died" in line]
-    assert line.startswith("a worker on the cluster (")
-    assert line.endswith("inputs that it held are done again")
+    died = [line for line in done.stderr.splitlines() if "died" in line]
+    assert died
+    assert all(line.startswith("a worker on the cluster (") for line in died)
+    assert any(line.endswith("inputs that it held are done again") for line in died)
     made = names(folder) - before
     # what an actor had written but not told of when it was killed is there twice
-    assert PHOTOS // 2 <= items(folder, made) <= PHOTOS // 2 + 3
+    assert PHOTOS // 2 <= items(folder, made) <= PHOTOS // 2 + 6
     assert not (folder / ".killed.unfinished").exists()
     expected = tiny.embed_images(paths)
     with Collection.open(place) as c:

@@ -171,6 +171,14 @@ def test_bad_rows_of_a_table(tmp_path: Path) -> None:
         assert said in reason
 
 
+@pytest.mark.parametrize("header", ["text\rid", "text," + "x" * 200_000])
+def test_a_header_that_is_no_csv(tmp_path: Path, header: str) -> None:
+    [bad] = read(write(tmp_path, "t.csv", f"{header}\nx,y\n"))
+    assert isinstance(bad, Bad)
+    assert bad.line == 1
+    assert bad.reason.startswith("not CSV (")
+
+
 @pytest.mark.parametrize("header", ["caption,id", "text,text", "text,a,a", "Text,id"])
 def test_a_table_without_a_column_of_texts(tmp_path: Path, header: str) -> None:
     path = write(tmp_path, "t.csv", f"{header}\nx,y,z\n")
