@@ -24,9 +24,11 @@ def written(folder: Path, n: int = 500) -> tuple[Path, np.ndarray]:
     return folder / "r", x
 
 
-@pytest.fixture(params=["read", "mapped"])
+@pytest.fixture(params=["read", "mapped", "small"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How rows are had: as on Windows, where a file cannot be read from the middle, they are mapped."""
+    """How rows are had: read, mapped as where no file can be read from the middle, or as those of a small file."""
+    if request.param != "small":
+        monkeypatch.setattr(rows_module, "_MAPPED", 0)
     if request.param == "mapped":
         monkeypatch.delattr(os, "preadv", raising=False)
     return str(request.param)
@@ -42,11 +44,12 @@ def test_rows_are_those_of_the_file(tmp_path: Path, way: str) -> None:
     assert rows.read(np.empty(0, np.int64)).shape == (0, 2 * D)
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 1000])
+@pytest.mark.parametrize(("at_once", "asked"), [(1, 100), (7, 4), (1000, 1000)])
 def test_candidates_are_ranked_by_their_exact_scores(
-    tmp_path: Path, way: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, way: str, at_once: int, asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "_COPIED", at_once * 2 * D)
+    monkeypatch.setattr(rows_module, "_ASKED", asked)
     path, x = written(tmp_path)
     rows = Rows.mapped(path, D, 500)
     rng = np.random.default_rng(1)
@@ -65,6 +68,7 @@ def test_candidates_are_ranked_by_their_exact_scores(
 
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="files are mapped where they cannot be read from the middle")
 def test_what_a_disk_refuses_is_an_error_of_the_search_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_MAPPED", 0)
     path, x = written(tmp_path)
     rows = Rows.mapped(path, D, 500)
 

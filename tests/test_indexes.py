@@ -227,6 +227,16 @@ def test_parts_of_a_scan_side_by_side_find_what_the_whole_finds(
             assert_best(index.search(xq, 20, ids=ids), chosen, xq, 20)
 
 
+def test_probes_that_were_meant_for_other_lists_are_not_taken(tmp_path: Path) -> None:
+    stored(tmp_path / "index.faiss", "ivf")
+    index = load(tmp_path / "index.faiss")
+    assert isinstance(index, MappedIndex)
+    index.search_as(EXACT_WAYS["ivf-few-probes"])
+    assert index.recipe == EXACT_WAYS["ivf"]
+    index.search_as(Recipe("ivf", lists=4, probes=2))
+    assert index.recipe.probes == 2
+
+
 # which kind
 
 

@@ -75,8 +75,12 @@ class MappedIndex(Index):
         return self._scan.recipe
 
     def search_as(self, recipe: Recipe) -> None:
-        """Take from another recipe of the same kind how to search; what is built stays as it is."""
-        self._scan.recipe = recipe
+        """Take from another recipe of the same kind how to search; what is built stays as it is.
+
+        Not from one that wants other lists: its probes are meant for those.
+        """
+        if recipe.lists == self.recipe.lists:
+            self._scan.recipe = recipe
 
     @property
     def newer(self) -> int:

@@ -13,7 +13,9 @@ from e5v_search.index import column
 from e5v_search.index.base import Found, best, merged
 from e5v_search.index.library import faiss_errors, library
 
+_MAPPED = 1 << 30  # bytes of a file that may all come to lie in this process's memory
 _COPIED = 1 << 24  # bytes of rows that a search of few of them copies at once
+_ASKED = 4  # bytes of rows that are copied in the time in which one row is asked whether it is meant
 _own = threading.local()
 
 
@@ -68,7 +70,8 @@ class Rows:
     def mapped(cls, path: Path, d: int, n: int) -> Self:
         """The first n rows of a file. Raises IndexDamaged if there are fewer."""
         index = view(quantiser(d), column.mapped(path, 2 * d * n).reshape(n, 2 * d))
-        return cls(index, column.Reader(path, 2 * d) if hasattr(os, "preadv") else None)
+        read = 2 * d * n > _MAPPED and hasattr(os, "preadv")
+        return cls(index, column.Reader(path, 2 * d) if read else None)
 
     def read(self, places: np.ndarray) -> np.ndarray:
         """The codes (n, 2 d) uint8 at places (n,), copied. Raises CollectionError."""
@@ -110,19 +113,24 @@ class Rows:
         """
         D = np.full((len(xq), width), -np.inf, np.float32)
         I = np.full((len(xq), width), -1, np.int64)  # noqa: E741
+        copied = self._file is not None or candidates.shape[1] * self.codes.shape[1] <= _ASKED * self.ntotal
+        find = self._best_of if copied else self._best_in_place
         for n, own in enumerate(candidates):
-            near, places = self._best_of(own[own >= 0], xq[n : n + 1], width)
+            near, places = find(own[own >= 0], xq[n : n + 1], width)
             D[n, : near.shape[1]], I[n, : near.shape[1]] = near[0], places[0]
         return D, I
 
     def search(self, xq: np.ndarray, k: int, places: np.ndarray, names: np.ndarray) -> Found:
         """Exactly the best k among the distinct `places`; D, and I as `names` (of all places) call them."""
-        # to copy few rows is cheaper than to ask of each of all whether it is meant
-        if 16 * len(places) <= self.ntotal:
-            return best(lambda width: self._best_of(places, xq, width), k, len(places), len(xq), names)
+        # one copy serves all queries, each of which would ask every row
+        find = self._best_of if 16 * len(places) <= self.ntotal else self._best_in_place
+        return best(lambda width: find(places, xq, width), k, len(places), len(xq), names)
+
+    def _best_in_place(self, places: np.ndarray, xq: np.ndarray, width: int) -> Found:
+        """As `_best_of`, where the rows lie."""
         chosen = np.zeros(self.ntotal, dtype=bool)
         chosen[places] = True
-        return best(lambda width: search(self.index, xq, width, chosen), k, len(places), len(xq), names)
+        return search(self.index, xq, min(width, len(places)), chosen) if len(places) else _nothing(len(xq))
 
     def _best_of(self, places: np.ndarray, xq: np.ndarray, width: int) -> Found:
         """D, and I as places, (nq, least of width and n) for places (n,)."""
@@ -134,11 +142,15 @@ class Rows:
             return D, some[at]
 
         if not len(places):
-            return np.empty((len(xq), 0), np.float32), np.empty((len(xq), 0), np.int64)
+            return _nothing(len(xq))
         step = max(1, _COPIED // self.codes.shape[1])
         places = np.sort(places)  # as they lie on the disk
         parts = (best_of(places[start : start + step]) for start in range(0, len(places), step))
         return reduce(lambda one, other: merged(one, other, width), parts)
+
+
+def _nothing(nq: int) -> Found:
+    return np.empty((nq, 0), np.float32), np.empty((nq, 0), np.int64)
 
 
 def _memory(n: int, size: int) -> np.ndarray:
