@@ -6,7 +6,7 @@ seed gives the same scene everywhere. What a caption says is true of the drawing
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,6 +26,7 @@ BACKGROUNDS = {"white": (250, 250, 250), "grey": (150, 150, 150), "brown": (120,
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
 
+_Fill = int | tuple[int, int, int]
 Relation = Literal["left", "right", "above", "below"]
 RELATIONS: dict[Relation, tuple[str, ...]] = {
     "left": ("to the left of", "left of"),
@@ -170,8 +171,21 @@ def draw(scene: Scene, rng: random.Random, size: tuple[int, int] = (224, 224)) -
 
     A single large shape may be cut by the edge, as things in photos are.
     """
+    fills = [COLOURS[group.colour] for group in scene.groups]
+    return _painted("RGB", BACKGROUNDS[scene.background], fills, scene, rng, size)
+
+
+def outline(scene: Scene, rng: random.Random, size: tuple[int, int] = (224, 224)) -> Image.Image:
+    """What `draw` covers with what, given a generator in the same state: a picture of mode L with 0 for the background and
+    i + 1 where a shape of the scene's group i lies."""
+    return _painted("L", 0, range(1, 1 + len(scene.groups)), scene, rng, size)
+
+
+def _painted(
+    mode: str, ground: _Fill, fills: Sequence[_Fill], scene: Scene, rng: random.Random, size: tuple[int, int]
+) -> Image.Image:
     height, width = size
-    image = Image.new("RGB", (width, height), BACKGROUNDS[scene.background])
+    image = Image.new(mode, (width, height), ground)
     pen = ImageDraw.Draw(image)
     if scene.relation is None:
         group = scene.groups[0]
@@ -179,15 +193,15 @@ def draw(scene: Scene, rng: random.Random, size: tuple[int, int] = (224, 224)) -
         cells = rng.sample([(x, y) for x in (-0.5, 0.5) for y in (-0.5, 0.5)], group.count)
         shift = (rng.uniform(-0.12, 0.12), rng.uniform(-0.12, 0.12))
         for x, y in cells:
-            _shape(pen, group, *_centre(x + shift[0], y + shift[1], size, rng), radius)
+            _shape(pen, fills[0], group.shape, *_centre(x + shift[0], y + shift[1], size, rng), radius)
         return image
     axis, sign = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}[scene.relation]
     across = rng.uniform(-0.35, 0.35)
-    for group, side in zip(scene.groups, (sign, -sign), strict=True):
+    for group, fill, side in zip(scene.groups, fills, (sign, -sign), strict=True):
         along = side * rng.uniform(0.42, 0.55)
         drift = across + rng.uniform(-0.15, 0.15)
         x, y = (along, drift) if axis == 0 else (drift, along)
-        _shape(pen, group, *_centre(x, y, size, rng), min(size) * rng.uniform(0.12, 0.19))
+        _shape(pen, fill, group.shape, *_centre(x, y, size, rng), min(size) * rng.uniform(0.12, 0.19))
     return image
 
 
@@ -199,20 +213,19 @@ def _centre(x: float, y: float, size: tuple[int, int], rng: random.Random) -> tu
     )
 
 
-def _shape(pen: ImageDraw.ImageDraw, group: Group, x: float, y: float, r: float) -> None:
-    fill = COLOURS[group.colour]
+def _shape(pen: ImageDraw.ImageDraw, fill: _Fill, shape: str, x: float, y: float, r: float) -> None:
     box = (x - r, y - r, x + r, y + r)
-    if group.shape == "circle":
+    if shape == "circle":
         pen.ellipse(box, fill=fill)
-    elif group.shape == "square":
+    elif shape == "square":
         pen.rectangle((x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r), fill=fill)
-    elif group.shape == "ring":
+    elif shape == "ring":
         pen.ellipse(box, outline=fill, width=max(2, round(0.38 * r)))
-    elif group.shape == "cross":
+    elif shape == "cross":
         pen.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill=fill)
         pen.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill=fill)
     else:
-        corners, inner = (3, 1.0) if group.shape == "triangle" else (10, 0.42)
+        corners, inner = (3, 1.0) if shape == "triangle" else (10, 0.42)
         radii = [r * (inner if i % 2 else 1.0) for i in range(corners)]
         turn = [2 * math.pi * i / corners - math.pi / 2 for i in range(corners)]
         pen.polygon([(x + s * math.cos(a), y + s * math.sin(a)) for s, a in zip(radii, turn, strict=True)], fill=fill)

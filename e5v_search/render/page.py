@@ -17,6 +17,7 @@ from e5v_search.render.fonts import PRIMARY, face_for, load
 WIDTH, HEIGHT, MARGIN = 800, 400, 20
 _LARGEST, _SMALLEST = 40, 8  # pixels per em
 _LINE = WIDTH - 2 * MARGIN
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 _LONGEST = 20_000  # characters: more than a page holds of the narrowest letters at the smallest size
 
 
@@ -34,15 +35,25 @@ def render(text: str, font: str | os.PathLike[str] | None = None) -> Image.Image
 
     Raises UnrenderableText when there is nothing to draw, or when no font here has a character; UnreadableFile for `font`.
     """
-    primary = PRIMARY if font is None else Path(font)
-    load(primary, _LARGEST, False)
-    page = _Page(*split(clean(text, _LONGEST), primary), primary)
-    if not page.pieces:
-        raise UnrenderableText("nothing to draw: the text is empty, or has only blanks and characters that are not seen")
+    page = _page(text, PRIMARY if font is None else Path(font))
     picture = page.draw(*page.largest())
     if picture.getextrema()[0] == (255, 255):
         raise UnrenderableText("nothing to draw: the text has only characters that leave no ink")
     return picture
+
+
+def words(text: str) -> list[tuple[str, Box]]:
+    """The words of a text written from left to right, and where `render` draws each. Raises UnrenderableText."""
+    page = _page(text, PRIMARY)
+    return list(page.words(*page.largest()))
+
+
+def _page(text: str, primary: Path) -> "_Page":
+    load(primary, _LARGEST, False)
+    page = _Page(*split(clean(text, _LONGEST), primary), primary)
+    if not page.pieces:
+        raise UnrenderableText("nothing to draw: the text is empty, or has only blanks and characters that are not seen")
+    return page
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,16 @@ class _Page:
         page = Image.new("RGB", (WIDTH, HEIGHT), "white")
         page.paste(canvas.crop(inside), inside)
         return page
+
+    def words(self, size: int, lines: Sequence[_Line]) -> Iterator[tuple[str, Box]]:
+        for line, y in zip(lines, self._base_lines(lines, size), strict=True):
+            x = float(MARGIN)
+            for blank, group in groupby(line.clusters, key=lambda cluster: cluster.text == " "):
+                clusters = list(group)
+                right = x + sum(run.width for run in _runs(clusters, size))
+                if not blank:
+                    yield "".join(cluster.text for cluster in clusters), (x, y + line.top, right, y + line.bottom)
+                x = right
 
     def _base_lines(self, lines: Sequence[_Line], size: int) -> list[float]:
         """Where each line stands. As in the published code, the next line is as far down as the ink of this one is high,

@@ -18,6 +18,7 @@ from e5v_search.render import render
 from e5v_search.scenes import draw, random_change, random_scene
 from e5v_search.training.data import Photos, Triplet, caption_corpus, shuffled
 from e5v_search.training.recipe import Recipe, Stage
+from e5v_search.training.told import Teller, Told
 
 Box = tuple[float, float, float, float]
 Pictures = Tensor | list[Tiles]  # base tiles (n, 3, tile, tile) uint8, or the full layout
@@ -47,6 +48,7 @@ class Batch:
     rows: list[int]  # of the photos, in the corpus
     sentences: list[int]  # of the teacher's corpus
     pages: Pictures  # rendered captions of the first scenes
+    told: Told | None
 
 
 class Batches:
@@ -58,6 +60,7 @@ class Batches:
         self.recipe, self.photos, self.triplets, self.sentences = recipe, photos, triplets, sentences
         self.bare = caption_corpus(photos.captions, triplets)
         self.spec: TileSpec = recipe.model.tiles()
+        self.teller = Teller(self.spec, tokenizer)
         self.words = caption_words(photos.captions, tokenizer)
         self._vocabulary = recipe.model.decoder.vocabulary  # rows of the table; a small corpus may fill fewer
         self.log_prior = _log_prior(self.words, self._vocabulary)
@@ -90,6 +93,7 @@ class Batches:
         changed_captions = [scene.caption(rng) for _, scene in changes]
         pages = [self._page(text, stage) for text in before_captions[: stage.pages]] if stage.weights.pages else []
         sentences = self._rows("sentences", step, stage.sentences, self.sentences) if stage.weights.taught else []
+        told = self.teller.make(stage.told, random.Random(f"{self.recipe.seed}/told/{step}")) if stage.weights.told else None
         return Batch(
             photos=_together([picture for picture, _ in views]),
             boxes=torch.tensor([box for _, box in views]).view(-1, 4),
@@ -106,6 +110,7 @@ class Batches:
             rows=rows,
             sentences=sentences,
             pages=_together(pages),
+            told=told,
         )
 
     def whole(self, rows: Sequence[int]) -> Tensor:

@@ -60,6 +60,25 @@ def read_triplets(path: Path) -> list[Triplet]:
     return [triplet for _, triplet in triplet_rows(path)]
 
 
+def sts_sentences(folder: Path) -> list[str]:
+    """What the training pairs of STS-B say, without their scores; each sentence once, in the file's order.
+
+    Left out are sentences that dev or test hold too, and captions of photos (the file "images"): Flickr8k's test photos may
+    be among these.
+    """
+    held_out = {s for split in ("dev", "test") for row in _sts_rows(folder / f"sts-{split}.csv") for s in row[5:7]}
+    own = (s for row in _sts_rows(folder / "sts-train.csv") if row[1] != "images" for s in row[5:7])
+    return [s for s in dict.fromkeys(own) if s not in held_out]
+
+
+def _sts_rows(path: Path) -> list[list[str]]:
+    rows = [line.split("\t") for line in _lines(path)]
+    for number, row in enumerate(rows, 1):
+        if len(row) < 7:
+            raise UsageError(f"{path}:{number}: seven columns are needed, not {len(row)}")
+    return rows
+
+
 def tidy(caption: str) -> str:
     """A caption as a person would write it: the corpus puts a blank before each mark."""
     return re.sub(r"\s+([.,;:!?])", r"\1", caption.strip()).strip('"').strip()

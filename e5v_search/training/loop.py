@@ -3,7 +3,7 @@
 import hashlib
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from e5v_search.errors import ModelError
 from e5v_search.parallel import ahead, windows
 from e5v_search.scenes import random_change, random_scene
 from e5v_search.training.batches import Batch, Batches
-from e5v_search.training.data import Photos, Triplet, caption_corpus, load_photos, read_triplets
+from e5v_search.training.data import Photos, Triplet, caption_corpus, load_photos, read_triplets, sts_sentences
 from e5v_search.training.encode import BatchEncoder
 from e5v_search.training.export import export
 from e5v_search.training.initialise import (
@@ -48,16 +48,19 @@ class Data:
     held_out: Photos  # development split: measured, never trained on
     triplets: list[Triplet]
     sts: Path | None = None
+    sentences: list[str] = field(default_factory=list)  # by themselves, for the teacher's part
 
 
 def load_data(folder: Path, limit: int | None = None) -> Data:
     """The shared data folder: Flickr8k's train and dev photos, NLI triplets, STS-B's dev pairs when they are there."""
     flickr, sts = folder / "flickr8k", sts_file(folder, "dev")
+    trained = sts_file(folder, "train")
     return Data(
         load_photos(flickr, "train", _PHOTO_SIDE, limit),
         load_photos(flickr, "dev", _PHOTO_SIDE, limit),
         read_triplets(folder / "nli" / "nli_triplets.csv")[:limit],
         sts if sts.exists() else None,
+        sts_sentences(trained.parent)[:limit] if trained.exists() else [],
     )
 
 
@@ -77,12 +80,12 @@ def train(recipe: Recipe, data: Data, out: Path, say: Say, on_step: OnStep | Non
     taught = None
     if recipe.teacher:
         width = recipe.model.decoder.width
-        taught = load_taught(data.photos, data.triplets, tokenizer, width, recipe.teacher, out / "teacher", say)
+        taught = load_taught(data.photos, data.triplets, data.sentences, tokenizer, width, recipe.teacher, out / "teacher", say)
     maps = load_maps(data.photos, recipe.picture_teacher, out / "teacher", say) if recipe.picture_teacher else None
     batches = Batches(recipe, data.photos, data.triplets, tokenizer, len(taught.sentences) if taught else 0)
     initialise_words(model, batches.words)
     initialise_patches(model, encoder.normalised(torch.from_numpy(data.photos.pixels[:500])))
-    objective = Objective(recipe, encoder, batches.log_prior, taught, maps)
+    objective = Objective(recipe, encoder, batches.log_prior, taught, maps, batches.teller)
     trained = nn.ModuleDict({"model": model, "objective": objective})
     optimiser = _optimiser(trained, recipe.optimiser)
     # not the stages: a run may be made longer or shorter than planned, from where it is

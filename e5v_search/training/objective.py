@@ -12,6 +12,7 @@ from e5v_search.training.encode import BatchEncoder
 from e5v_search.training.maps import Maps
 from e5v_search.training.recipe import Recipe, Stage
 from e5v_search.training.taught import Taught
+from e5v_search.training.told import Teller, Told
 
 _MAX_SCALE = 100.0  # as CLIP bounds it: beyond, the loss sees little but the hardest pair
 
@@ -26,8 +27,10 @@ class Objective(nn.Module):
         log_prior: Tensor,
         taught: Taught | None = None,
         maps: Maps | None = None,
+        teller: Teller | None = None,
     ) -> None:
         super().__init__()
+        self.teller = teller
         self.recipe, self.encoder, self.log_prior, self.taught, self.maps = recipe, encoder, log_prior, taught, maps
         if maps:
             self.head = nn.Linear(recipe.model.vision.width, maps.dim)  # from the tower's patches to the teacher's cells
@@ -47,6 +50,8 @@ class Objective(nn.Module):
             parts["language"] = losses.next_token(hidden, self.encoder.model.language_model.embed_tokens.weight, tokens)
         if batch.changes:
             parts |= self._scenes(batch, stage, scale, generator)
+        if batch.told:
+            parts["told"] = self._told(batch.told, stage, generator)
         if batch.triplets and weights.nli:
             sentences = [triplet[j] for j in range(3) for triplet in batch.triplets]
             anchors, positives, negatives = self.encoder.texts(sentences, "sts").chunk(3)
@@ -144,6 +149,15 @@ class Objective(nn.Module):
             found = [losses.retrieval(pages, gallery, right, scale) for gallery in (pictures.detach(), captions.detach())]
             parts["pages"] = torch.stack(found).mean()
         return parts
+
+    def _told(self, told: Told, stage: Stage, generator: torch.Generator) -> Tensor:
+        """Visual tokens near the words of what lies on their patch, told apart from all others that scenes are spoken of with."""
+        patches, places = self.encoder.base_patches(told.pixels, stage.plain, generator, plain=True)
+        shares = told.shares.gather(1, places[..., None].expand(-1, -1, told.shares.shape[-1]))
+        asked = shares.sum(dim=-1) > 0
+        words = self.teller.vectors(self.encoder.model.language_model.embed_tokens.weight.detach())
+        tokens = self.encoder.model.multi_modal_projector(patches[asked])
+        return losses.soft_retrieval(tokens, words, shares[asked], 1 / self.recipe.teacher_temperature)
 
     def _features(
         self, pictures: Pictures, stage: Stage, generator: torch.Generator, drawn: bool = False

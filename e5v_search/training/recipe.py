@@ -90,6 +90,7 @@ class Weights:
     seen: float = 0.0  # photos, drawn to what the teacher makes of their captions
     pooled: float = 0.0  # the same of the mean of a photo's visual tokens, without the decoder
     mapped: float = 0.0  # patches of photos, drawn to what the picture teacher sees there
+    told: float = 0.0  # patches of drawings and pages, drawn to the words of what lies there
     pages: float = 0.0  # rendered captions, drawn to the captions and to what these describe
 
     @property
@@ -111,6 +112,7 @@ class Stage:
     bare: int = 32  # sentences by themselves, for `language`
     sentences: int = 128  # for the teacher's part
     pages: int = 16
+    told: int = 64  # tiles of drawings and pages for `told`
     decoded: int = 0  # how many of the photos go through the decoder for `seen`; 0: all
     aside_every: int = 1  # scenes and triplets join every so many steps
     taught_words: bool = False  # begin with the teacher's word vectors in the place of the model's own
@@ -129,7 +131,7 @@ class Stage:
         return self.taught_words or self.taught_projector or self.weights.taught + self.weights.seen + self.weights.pooled > 0
 
     def problems(self) -> list[str]:
-        counts = ("steps", "photos", "scenes", "triplets", "bare", "sentences", "pages", "aside_every")
+        counts = ("steps", "photos", "scenes", "triplets", "bare", "sentences", "pages", "told", "aside_every")
         found = [f"{k}: must be positive" for k in counts if getattr(self, k) < 1]
         found += [f"{k}: must lie in [0, 1)" for k in ("drop", "plain", "colour") if not 0 <= getattr(self, k) < 1]
         if not 0 < self.crop <= 1:

@@ -41,6 +41,7 @@ class Taught:
 def load_taught(
     photos: Photos,
     triplets: Sequence[Triplet],
+    sentences: Sequence[str],
     tokenizer: Tokenizer,
     width: int,
     teacher: str,
@@ -53,10 +54,10 @@ def load_taught(
     random.Random(0).shuffle(other)
     short = [s for s, e in zip(other, tokenizer.encode_batch(other), strict=True) if len(e.ids) <= _LONGEST][:_OTHERS]
     words = [tokenizer.decode([i]).strip() for i in range(tokenizer.get_vocab_size())]
-    sentences = captions + short
-    vectors = torch.from_numpy(np.array(teacher_vectors([*sentences, *words], teacher, folder, say), dtype=np.float32))
+    texts = [*captions, *short, *sentences]
+    vectors = torch.from_numpy(np.array(teacher_vectors([*texts, *words], teacher, folder, say), dtype=np.float32))
     owner = torch.tensor([photo for photo, own in enumerate(photos.captions) for _ in own])
-    return taught(sentences, vectors[: len(sentences)], owner, vectors[len(sentences) :], width)
+    return taught(texts, vectors[: len(texts)], owner, vectors[len(texts) :], width)
 
 
 def taught(sentences: list[str], vectors: Tensor, owner: Tensor, words: Tensor, width: int) -> Taught:
