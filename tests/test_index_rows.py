@@ -44,12 +44,11 @@ def test_rows_are_those_of_the_file(tmp_path: Path, way: str) -> None:
     assert rows.read(np.empty(0, np.int64)).shape == (0, 2 * D)
 
 
-@pytest.mark.parametrize(("at_once", "asked"), [(1, 100), (7, 4), (1000, 1000)])
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
 def test_candidates_are_ranked_by_their_exact_scores(
-    tmp_path: Path, way: str, at_once: int, asked: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, way: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "_COPIED", at_once * 2 * D)
-    monkeypatch.setattr(rows_module, "_ASKED", asked)
     path, x = written(tmp_path)
     rows = Rows.mapped(path, D, 500)
     rng = np.random.default_rng(1)

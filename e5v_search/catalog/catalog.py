@@ -37,17 +37,14 @@ class Catalog(Files, Transfer):
     def items(self, ids: Iterable[int]) -> dict[int, Item]:
         """The items among `ids` that exist, by id."""
         rows = self._among(f"{_ITEM} WHERE i.id IN ({{}})", [int(i) for i in ids])
-        return {row[0]: self._item(row) for row in rows}
+        with guarded(self.path):
+            return {row[0]: _item(row) for row in rows}
 
     def item_by_path(self, path: str) -> Item | None:
         """The photo at `path`."""
         rows = self._rows(f"{_ITEM} WHERE f.path = CAST(? AS TEXT) AND f.kind = 'image'", (to_sql(path),))
-        return self._item(rows[0]) if rows else None
-
-    def _item(self, row: Row) -> Item:
         with guarded(self.path):
-            values: list[Any] = [*row[:3], _named(row[3]), *row[4:-1], json.loads(row[-1])]
-            return Item(*values)
+            return _item(rows[0]) if rows else None
 
     def count(self) -> dict[str, int]:
         """Number of items of each kind, kinds without any included."""
@@ -216,3 +213,8 @@ class Catalog(Files, Transfer):
 
 def _named(part: str | None) -> str | None:
     return part if part and not part.startswith(writing.DISPLACED) else None
+
+
+def _item(row: Row) -> Item:
+    values: list[Any] = [*row[:3], _named(row[3]), *row[4:-1], json.loads(row[-1])]
+    return Item(*values)

@@ -14,7 +14,7 @@ from e5v_search.index.base import Found
 from e5v_search.index.library import library
 from e5v_search.index.recipe import Recipe
 from e5v_search.index.rows import Rows, selector
-from e5v_search.index.scan import Scan
+from e5v_search.index.scan import Scan, opened
 
 _SPARE = 4  # candidates for each result that is asked for: their order by codes is not quite that of their scores
 
@@ -32,16 +32,19 @@ class Coded(Scan):
         workers = library().omp_get_max_threads()
 
         def some(x: np.ndarray) -> Found:
-            return self.rows.ranked(x, self._candidates(x, most, chosen, effort), width)
+            coarse, how = self._scanned(chosen, effort)
+            return self.rows.refined(coarse, how, x, width, most)
 
+        if workers == 1:
+            return some(xq)
         # by slices, so that while one thread reads rows another finds candidates
         found = list(threads(workers).map(some, np.array_split(xq, min(len(xq), 4 * workers))))
         D, I = (np.concatenate(parts) for parts in zip(*found, strict=True))  # noqa: E741
         return D, I
 
     @abstractmethod
-    def _candidates(self, xq: np.ndarray, most: int, chosen: np.ndarray | None, effort: int) -> np.ndarray:
-        """Positions (nq, most) of rows, -1 where there are no more."""
+    def _scanned(self, chosen: np.ndarray | None, effort: int) -> tuple[Any, Any]:
+        """FAISS's index of all codes, and its parameters for a search among those chosen."""
 
     def _most(self, width: int) -> int:
         """How many candidates there are to be for so many results."""
@@ -52,11 +55,21 @@ class Coded(Scan):
         return [] if right else [f"the checksum of {self.codes.name} is wrong"]
 
 
-def told(chosen: np.ndarray | None, recipe: Recipe) -> dict[str, Any]:
-    """What FAISS's search parameters say of both kinds: which rows, and how the query is compared."""
+def told(parameters: Any, recipe: Recipe, chosen: np.ndarray | None) -> Any:
+    """FAISS's search parameters of either kind, told which rows count and how the query is compared, behind the rotation."""
     # centred: around 0 and without its few extreme numbers, two bits serve as well as three from the least to the greatest
-    how = {"qb": recipe.query_bits, "centered": True}
-    return how if chosen is None else how | {"sel": selector(chosen)}
+    parameters.qb, parameters.centered = recipe.query_bits, True
+    if chosen is not None:
+        parameters.sel = parameters.held = selector(chosen)  # FAISS keeps the address alone
+    return library().SearchParametersPreTransform(index_params=parameters)
+
+
+def over(n: int, head: bytes) -> Any:
+    """What FAISS wrote as `head`, for n rows that it is given to find by L2. It says that it finds them by what rows are
+    scored with: FAISS refines like by like alone."""
+    coarse = opened(head)
+    coarse.ntotal, coarse.metric_type = n, library().METRIC_INNER_PRODUCT
+    return coarse
 
 
 def threads(n: int) -> ThreadPoolExecutor:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from e5v_search.index import column
-from e5v_search.index.coded import Coded, told
+from e5v_search.index.coded import Coded, over, told
 from e5v_search.index.library import faiss_errors, library
 from e5v_search.index.recipe import Recipe, lists_for
 from e5v_search.index.rows import Rows
@@ -27,7 +27,7 @@ class Ivf(Coded):
     def __init__(self, rows: Rows, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
         super().__init__(rows, recipe, head, facts, folder)
         faiss = library()
-        self._coarse = opened(head)
+        self._coarse = over(rows.ntotal, head)
         self._ivf = faiss.downcast_index(self._coarse.index)
         self._sizes = np.array(facts["lists"], np.int64)
         width = self._ivf.code_size + 8
@@ -80,13 +80,9 @@ class Ivf(Coded):
         facts = _written(opened(self.head), rows, self.rows.ntotal, path, self)
         return type(self)(rows, self.recipe, self.head, facts, path.parent)
 
-    def _candidates(self, xq: np.ndarray, most: int, chosen: np.ndarray | None, effort: int) -> np.ndarray:
-        faiss = library()
+    def _scanned(self, chosen: np.ndarray | None, effort: int) -> tuple[Any, Any]:
         probes = min(self.recipe.probes * effort, self._ivf.nlist)
-        inner = faiss.IVFRaBitQSearchParameters(nprobe=probes, **told(chosen, self.recipe))
-        with faiss_errors():
-            near: np.ndarray = self._coarse.search(xq, most, params=faiss.SearchParametersPreTransform(index_params=inner))[1]
-        return near
+        return self._coarse, told(library().IVFRaBitQSearchParameters(nprobe=probes), self.recipe, chosen)
 
     def outgrown(self, n: int) -> bool:
         return not self.recipe.lists and lists_for(n) >= GROWTH * self._ivf.nlist

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from functools import reduce
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from e5v_search.index import column
 from e5v_search.index.base import Found, merged
-from e5v_search.index.coded import Coded, threads, told
+from e5v_search.index.coded import Coded, over, threads, told
 from e5v_search.index.library import faiss_errors, library
 from e5v_search.index.recipe import Recipe
 from e5v_search.index.rows import Rows, view
@@ -30,16 +29,15 @@ class OneBit(Coded):
         coarse = opened(head)
         self._size = library().downcast_index(coarse.index).code_size
         self._data = column.mapped(self.codes, rows.ntotal * self._size)
-        self._whole = self._part(0, rows.ntotal)
+        self._whole = self._part(slice(0, rows.ntotal))
         n = max(1, min(library().omp_get_max_threads(), len(self._data) // _PART))
         ends = np.linspace(0, rows.ntotal, n + 1).astype(int).tolist()
-        self._parts = [(start, stop, self._part(start, stop)) for start, stop in pairwise(ends)]
+        self._parts = [(where, self._part(where)) for where in map(slice, ends[:-1], ends[1:])]
 
-    def _part(self, start: int, stop: int) -> Any:
-        """FAISS's index of the codes of rows start:stop."""
-        coarse = opened(self.head)
-        view(library().downcast_index(coarse.index), self._data.reshape(-1, self._size)[start:stop])
-        coarse.ntotal = stop - start
+    def _part(self, where: slice) -> Any:
+        """FAISS's index of the codes of these rows."""
+        coarse = over(where.stop - where.start, self.head)
+        view(library().downcast_index(coarse.index), self._data.reshape(-1, self._size)[where])
         return coarse
 
     @classmethod
@@ -60,29 +58,33 @@ class OneBit(Coded):
         return type(self)(rows, self.recipe, self.head, self.facts | {"codes_crc32": crc32}, path.parent)
 
     def search(self, xq: np.ndarray, width: int, chosen: np.ndarray | None, effort: int) -> Found:
+        """A few queries share the parts among threads: each ranks its own candidates, if rows need not be read for that."""
         if len(xq) >= len(self._parts):
             return super().search(xq, width, chosen, effort)
         most = self._most(width)
 
-        def near(part: tuple[int, int, Any]) -> Found:
-            start, stop, coarse = part
-            D, I = self._near(coarse, xq, min(most, stop - start), None if chosen is None else chosen[start:stop])  # noqa: E741
-            return -D, np.where(I < 0, I, I + start)
+        def near(part: tuple[slice, Any]) -> Found:
+            where, coarse = part
+            how = self._how(None if chosen is None else chosen[where])
+            own = min(most, where.stop - where.start)
+            if self.rows.in_place:
+                D, I = self.rows.part(where).refined(coarse, how, xq, min(width, own), own)  # noqa: E741
+            else:
+                with faiss_errors():
+                    D, I = coarse.search(xq, own, params=how)  # noqa: E741
+                D = -D
+            return D, np.where(I < 0, I, I + where.start)
 
         workers = threads(len(self._parts))
-        found = reduce(lambda one, other: merged(one, other, most), workers.map(near, self._parts))
-        return workers.submit(self.rows.ranked, xq, found[1], width).result()
+        kept = width if self.rows.in_place else most
+        found = reduce(lambda one, other: merged(one, other, kept), workers.map(near, self._parts))
+        return found if self.rows.in_place else workers.submit(self.rows.ranked, xq, found[1], width).result()
 
-    def _candidates(self, xq: np.ndarray, most: int, chosen: np.ndarray | None, effort: int) -> np.ndarray:
-        return self._near(self._whole, xq, most, chosen)[1]
+    def _scanned(self, chosen: np.ndarray | None, effort: int) -> tuple[Any, Any]:
+        return self._whole, self._how(chosen)
 
-    def _near(self, coarse: Any, xq: np.ndarray, most: int, chosen: np.ndarray | None) -> Found:
-        """Estimated distances, least first, and positions."""
-        faiss = library()
-        inner = faiss.RaBitQSearchParameters(**told(chosen, self.recipe))
-        with faiss_errors():
-            found: Found = coarse.search(xq, most, params=faiss.SearchParametersPreTransform(index_params=inner))
-        return found
+    def _how(self, chosen: np.ndarray | None) -> Any:
+        return told(library().RaBitQSearchParameters(), self.recipe, chosen)
 
 
 def _encoded(coarse: Any, rows: Rows, start: int) -> Iterator[np.ndarray]:

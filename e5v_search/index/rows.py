@@ -15,7 +15,6 @@ from e5v_search.index.library import faiss_errors, library
 
 _MAPPED = 1 << 30  # bytes of a file that may all come to lie in this process's memory
 _COPIED = 1 << 24  # bytes of rows that a search of few of them copies at once
-_ASKED = 4  # bytes of rows that are copied in the time in which one row is asked whether it is meant
 _own = threading.local()
 
 
@@ -106,6 +105,29 @@ class Rows:
         """(m, d) float32, at most `most` rows, evenly spread."""
         return self.vectors(np.unique(np.linspace(0, self.ntotal - 1, min(most, self.ntotal)).astype(np.int64)))
 
+    @property
+    def in_place(self) -> bool:
+        """Whether rows are scored where they are, and not read from a file for it."""
+        return self._file is None
+
+    def part(self, where: slice) -> "Rows":
+        """These rows, where they are."""
+        return Rows(view(quantiser(self.d), self.codes[where]))
+
+    def refined(self, coarse: Any, how: Any, xq: np.ndarray, width: int, most: int) -> Found:
+        """Exactly the best `width` of the `most` rows that `coarse`, an index of the same ones, finds by parameters `how`.
+
+        As `ranked`.
+        """
+        with faiss_errors():
+            if not self.in_place:
+                return self.ranked(xq, coarse.search(xq, most, params=how)[1], width)
+            faiss = library()
+            # FAISS multiplies, and cuts off what is behind the point
+            within = faiss.IndexRefineSearchParameters(k_factor=(most + 0.5) / width, base_index_params=how)
+            D, I = faiss.IndexRefine(coarse, self.index).search(xq, width, params=within)  # noqa: E741
+        return np.where(I < 0, -np.inf, D), I
+
     def ranked(self, xq: np.ndarray, candidates: np.ndarray, width: int) -> Found:
         """Exactly the best `width` for each query among its `candidates` (nq, m), distinct places or -1.
 
@@ -113,10 +135,8 @@ class Rows:
         """
         D = np.full((len(xq), width), -np.inf, np.float32)
         I = np.full((len(xq), width), -1, np.int64)  # noqa: E741
-        copied = self._file is not None or candidates.shape[1] * self.codes.shape[1] <= _ASKED * self.ntotal
-        find = self._best_of if copied else self._best_in_place
         for n, own in enumerate(candidates):
-            near, places = find(own[own >= 0], xq[n : n + 1], width)
+            near, places = self._best_of(own[own >= 0], xq[n : n + 1], width)
             D[n, : near.shape[1]], I[n, : near.shape[1]] = near[0], places[0]
         return D, I
 
