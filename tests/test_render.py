@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from e5v_search.errors import MediaError, UnreadableFile, UnrenderableText
 from e5v_search.render import HEIGHT, MARGIN, WIDTH, clusters, fonts, render
+from e5v_search.render import words as words_on
 
 FONT = Path(fonts.__file__).parent.parent / "fonts/LiberationSans-Regular.ttf"
 needs_raqm = pytest.mark.skipif(not features.check("raqm"), reason="this Pillow lacks libraqm or the system libfribidi")
@@ -103,6 +104,21 @@ def test_long_latin_texts_wrap_and_shrink(words: list[str]) -> None:
     text = " ".join(words)
     pages = (page(wrapped(text, plain_font(size)), size) for size in range(40, 7, -1))
     assert same(render(text), next(image for image in pages if image))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.sampled_from(["a", "picture", "of", "Grey,", "jumpy", "x" * 90, "naïve"]), min_size=1, max_size=60))
+def test_words_are_where_they_are_drawn(some: list[str]) -> None:
+    text = " ".join(some)
+    placed, ink = words_on(text), np.asarray(render(text).convert("L")) < 128
+    assert "".join(word for word, _ in placed) == "".join(some)  # one wider than a line is broken
+    outside = ink.copy()
+    for _, (left, top, right, bottom) in placed:
+        # a j begins before its place
+        box = np.s_[int(top) : int(bottom) + 1, int(left) - 4 : int(right) + 5]
+        assert ink[box].any()
+        outside[box] = False
+    assert not outside.any()
 
 
 def test_the_bundled_font_is_as_wide_as_arial() -> None:

@@ -17,6 +17,7 @@ from e5v_search.scenes import (
     Group,
     Scene,
     draw,
+    outline,
     random_change,
     random_scene,
 )
@@ -73,6 +74,16 @@ def test_the_drawing_shows_what_the_scene_is(seed: int, size: tuple[int, int]) -
         (row_a, col_a), (row_b, col_b) = centres
         truth = {"left": col_a < col_b, "right": col_a > col_b, "above": row_a < row_b, "below": row_a > row_b}
         assert truth[scene.relation]
+
+
+@given(SEEDS, st.sampled_from([(224, 224), (149, 224), (224, 168)]))
+@settings(max_examples=60, deadline=None)
+def test_an_outline_tells_which_group_covers_each_pixel(seed: int, size: tuple[int, int]) -> None:
+    scene = random_scene(random.Random(seed))
+    marks = np.asarray(outline(scene, random.Random(seed + 1), size))
+    fills = [BACKGROUNDS[scene.background], *(COLOURS[group.colour] for group in scene.groups)]
+    np.testing.assert_array_equal(np.asarray(draw(scene, random.Random(seed + 1), size)), np.array(fills)[marks])
+    assert set(np.unique(marks)) == set(range(len(fills)))
 
 
 @given(SEEDS)

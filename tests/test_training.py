@@ -33,8 +33,8 @@ WORDS = ("red", "green", "blue", "small", "large", "round", "flat", "wet")
 def tiny_recipe(**changes: object) -> Recipe:
     """Two stages, both layouts, every part of the loss that needs no teacher; a model of some thousand weights."""
     weights = {"photos": 1.0, "words": 0.3, "scenes": 0.5, "changes": 0.5, "nli": 0.2, "pages": 0.2}
-    weights |= {"language": 0.1, "captioning": 0.1}
-    stage = {"steps": 2, "photos": 4, "scenes": 2, "triplets": 2, "pages": 2, "bare": 3, "weights": weights}
+    weights |= {"language": 0.1, "captioning": 0.1, "told": 0.1}
+    stage = {"steps": 2, "photos": 4, "scenes": 2, "triplets": 2, "pages": 2, "bare": 3, "told": 5, "weights": weights}
     data: dict[str, object] = {
         "name": "tiny",
         "save_every": 2,
@@ -193,6 +193,10 @@ def test_a_batch_depends_on_its_step_alone(data: Data, encoder: BatchEncoder) ->
     for a, b in zip(first, second, strict=True):
         assert (a.captions, a.changes, a.triplets) == (b.captions, b.changes, b.triplets)
         assert torch.equal(a.words, b.words)
+        assert a.told is not None
+        assert b.told is not None
+        assert torch.equal(a.told.pixels, b.told.pixels)
+        assert torch.equal(a.told.shares, b.told.shares)
     assert isinstance(first[0].photos, torch.Tensor)
     assert first[0].photos.shape == (4, 3, 32, 32)
     assert [bool(batch.changes) for batch in first] == [True, False, True, True]  # aside_every = 2, then 1

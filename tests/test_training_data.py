@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from e5v_search.backbones.registry import BUNDLED
 from e5v_search.errors import UsageError
 from e5v_search.prompts import LLAMA3_CHAT, PROMPT_SETS
-from e5v_search.training.data import load_photos, read_captions, read_split, read_triplets, tidy
+from e5v_search.training.data import load_photos, read_captions, read_split, read_triplets, sts_sentences, tidy
 from e5v_search.training.tokenizer import BOS, SPECIAL, train_tokenizer
 
 
@@ -35,6 +35,20 @@ def test_captions_are_grouped_by_photo_and_tidied(tmp_path: Path) -> None:
     path = write(tmp_path / "tokens.txt", 'a.jpg#0\tA dog runs .\nb.jpg#0\tA cat , asleep\na.jpg#1\t" Two dogs "\n')
     assert read_captions(path) == {"a.jpg": ["A dog runs.", "Two dogs"], "b.jpg": ["A cat, asleep"]}
     assert tidy("what ? no !") == "what? no!"
+
+
+def test_sentences_of_sts_b_that_are_held_out_or_caption_photos_are_left_out(tmp_path: Path) -> None:
+    def rows(*rows: tuple[str, str, str]) -> str:
+        return "".join(f"genre\t{file}\t2012\t7\t5.0\t{a}\t{b}\n" for file, a, b in rows)
+
+    write(tmp_path / "sts-dev.csv", rows(("headlines", "Dev says so.", "x")))
+    write(tmp_path / "sts-test.csv", rows(("headlines", "y", 'A "test".')))
+    train = rows(("headlines", "One.", "Two."), ("images", "A photo.", "Of it."), ("MSRvid", "Two.", 'A "test".'))
+    write(tmp_path / "sts-train.csv", train + rows(("MSRvid", "Dev says so.", "Three.")))
+    assert sts_sentences(tmp_path) == ["One.", "Two.", "Three."]
+    write(tmp_path / "sts-train.csv", f"{train}too\tfew\n")
+    with pytest.raises(UsageError, match=r"sts-train\.csv:4: seven columns are needed, not 2"):
+        sts_sentences(tmp_path)
 
 
 @pytest.mark.parametrize(

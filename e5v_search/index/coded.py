@@ -22,17 +22,18 @@ _SPARE = 4  # candidates for each result that is asked for: their order by codes
 class Coded(Scan):
     """Candidates are found by codes in a file, and ranked by their rows."""
 
+    _data: np.ndarray  # the file of codes (bytes,) uint8, mapped
+
     def __init__(self, rows: Rows, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
         super().__init__(rows, recipe, head, facts, folder)
         self.codes = folder / facts["codes"]
-        self._data = np.empty(0, np.uint8)
 
     def search(self, xq: np.ndarray, width: int, chosen: np.ndarray | None, effort: int) -> Found:
         most = self._most(width)
         workers = library().omp_get_max_threads()
+        coarse, how = self._scanned(chosen, effort)
 
         def some(x: np.ndarray) -> Found:
-            coarse, how = self._scanned(chosen, effort)
             return self.rows.refined(coarse, how, x, width, most)
 
         if workers == 1:

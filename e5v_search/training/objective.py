@@ -152,6 +152,7 @@ class Objective(nn.Module):
 
     def _told(self, told: Told, stage: Stage, generator: torch.Generator) -> Tensor:
         """Visual tokens near the words of what lies on their patch, told apart from all others that scenes use."""
+        assert self.teller is not None
         patches, places = self.encoder.base_patches(told.pixels, stage.plain, generator, plain=True)
         shares = told.shares.gather(1, places[..., None].expand(-1, -1, told.shares.shape[-1]))
         asked = shares.sum(dim=-1) > 0

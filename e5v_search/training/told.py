@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from e5v_search.backbones.tiles import TileSpec, cut, fit
-from e5v_search.render import render, words
+from e5v_search.render import render
+from e5v_search.render import words as words_on
 from e5v_search.scenes import Scene, draw, outline, random_scene
 
 _COVERED = 0.06  # of a patch: less of a shape is not asked for
@@ -38,16 +39,16 @@ class Teller:
     def __init__(self, spec: TileSpec, tokenizer: Tokenizer) -> None:
         self.spec, self._side = spec, spec.side
         rng = random.Random(0)
-        spoken = sorted({word for _ in range(_SCENES) for word in _words(random_scene(rng).caption(rng))})
-        self._places = {word: i for i, word in enumerate(spoken)}
-        self.ids = [tokenizer.encode(f" {word}", add_special_tokens=False).ids for word in spoken]
+        self.words = sorted({word for _ in range(_SCENES) for word in _words(random_scene(rng).caption(rng))})
+        self.ids = [tokenizer.encode(f" {word}", add_special_tokens=False).ids for word in self.words]
 
     def make(self, n: int, rng: random.Random) -> Told:
         tiles = [tile for _ in range(-(-n // 4)) for tile in (*self._page(rng), self._scene(rng), self._scene(rng))][:n]
-        shares = np.zeros((n, self._side**2, len(self._places)), dtype=np.float32)
+        shares = np.zeros((n, self._side**2, len(self.words)), dtype=np.float32)
+        places = {word: i for i, word in enumerate(self.words)}
         for i, (_, patches) in enumerate(tiles):
             for patch, word, share in patches:
-                shares[i, patch, self._places[word]] += share
+                shares[i, patch, places[word]] += share
         shares /= np.maximum(shares.sum(axis=-1, keepdims=True), 1e-9)
         return Told(torch.from_numpy(np.stack([pixels for pixels, _ in tiles])), torch.from_numpy(shares))
 
@@ -82,7 +83,7 @@ class Teller:
         shift = ((columns * self.spec.tile - width) / 2, (rows * self.spec.tile - height) / 2)
         found: list[Patches] = [[] for _ in range(rows * columns)]
         patch = self.spec.patch
-        for written, (left, top, right, bottom) in words(text):
+        for written, (left, top, right, bottom) in words_on(text):
             word = "".join(_words(written))
             x0, x1 = left * scale + shift[0], right * scale + shift[0]
             y0, y1 = top * scale + shift[1], bottom * scale + shift[1]
