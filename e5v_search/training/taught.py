@@ -19,6 +19,7 @@ from e5v_search.training.data import Photos, Triplet
 from e5v_search.training.teacher import teacher_vectors
 
 _LONGEST = 32  # tokens; few sentences are longer, and these cost the most
+_AGAIN = 4  # times that a sentence given by itself occurs: they are few, and more like what people compare than captions are
 _OTHERS = 24_000  # NLI sentences: as many as a run of an hour comes to see
 
 
@@ -41,7 +42,7 @@ class Taught:
 def load_taught(
     photos: Photos,
     triplets: Sequence[Triplet],
-    sentences: Sequence[str],
+    sentences: list[str],
     tokenizer: Tokenizer,
     width: int,
     teacher: str,
@@ -54,7 +55,7 @@ def load_taught(
     random.Random(0).shuffle(other)
     short = [s for s, e in zip(other, tokenizer.encode_batch(other), strict=True) if len(e.ids) <= _LONGEST][:_OTHERS]
     words = [tokenizer.decode([i]).strip() for i in range(tokenizer.get_vocab_size())]
-    texts = [*captions, *short, *sentences]
+    texts = [*captions, *short, *sentences * _AGAIN]
     vectors = torch.from_numpy(np.array(teacher_vectors([*texts, *words], teacher, folder, say), dtype=np.float32))
     owner = torch.tensor([photo for photo, own in enumerate(photos.captions) for _ in own])
     return taught(texts, vectors[: len(texts)], owner, vectors[len(texts) :], width)
