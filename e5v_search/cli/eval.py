@@ -53,7 +53,10 @@ _LISTED = 20  # pictures left out, on stderr
 )
 @click.argument("dataset", required=False, type=click.Choice(NAMES), metavar="DATASET")
 @click.option(
-    "--data", type=click.Path(path_type=Path), metavar="DIR", help="The data set's folder; else it comes from the hub."
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The data set's folder; else it is fetched from the hub, where that has it.",
 )
 @click.option(
     "--revision",
@@ -77,7 +80,7 @@ _LISTED = 20  # pictures left out, on stderr
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Where vectors are kept, for the next metric or after a kill; else in the data home.",
+    help="Where vectors are kept, for the next metric or after a kill; else in the data folder ($E5V_HOME).",
 )
 @click.option(
     "--compare",
@@ -111,7 +114,7 @@ def evaluate(
 
     DATASET is flickr30k, coco, i2i-flickr30k, i2i-coco (captions drawn as pictures), cirr, cirr-test (files for CIRR's
     server), fashioniq, sts, flickr8k, coco-mini, scenes (drawn shapes, all types of task), or folder: your photos with
-    captions.csv, .jsonl, .tsv or .txt (file, tab, caption) beside them.
+    captions.csv or .jsonl (file, caption), or .tsv or .txt (file, tab, caption) beside them.
     """
     if as_json and as_markdown:
         raise click.UsageError("--json and --markdown exclude each other")

@@ -16,9 +16,10 @@ from e5v_search.cli.printing import print_json, printable
 @debug_option
 @click.pass_context
 def models(ctx: click.Context, as_json: bool) -> None:
-    """List the known models, and what auto means here; `models show ID` tells all of one.
+    """List the known models, and what auto means here; `models show NAME` tells all of one.
 
-    A file models.toml in the data home, or the file that $E5V_MODELS names, adds models of your own (docs/models.md).
+    A file models.toml in the data folder ($E5V_HOME), or the file that $E5V_MODELS names, adds models of your own
+    (docs/models.md).
     """
     if ctx.invoked_subcommand is not None:
         return

@@ -50,16 +50,22 @@ if TYPE_CHECKING:
     "--keep-reference", is_flag=True, help="With --modify: the picture itself and its copies may be among the results."
 )
 @click.option(
-    "--plus", multiple=True, metavar="TEXT[:W]", help="Towards this text, or image:FILE|ITEM_ID, W times (1); repeatable."
+    "--plus",
+    multiple=True,
+    metavar="TEXT[:W]",
+    help="Towards this text, or image:FILE|ITEM_ID, with weight W (1 if not given); repeatable.",
 )
 @click.option(
-    "--minus", multiple=True, metavar="TEXT[:W]", help="Away from this text, or image:FILE|ITEM_ID, W times (1); repeatable."
+    "--minus",
+    multiple=True,
+    metavar="TEXT[:W]",
+    help="Away from this text, or image:FILE|ITEM_ID, with weight W (1 if not given); repeatable.",
 )
 @click.option(
     "--vectors",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.npy",
-    help="Search by each row of this file; with --json, one object a row.",
+    help="Search by each row of this file; needs --json, which then prints one object a row.",
 )
 @where_option
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many results.")

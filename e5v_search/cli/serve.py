@@ -24,8 +24,16 @@ from e5v_search.config import ModelChoice
     type=click.IntRange(0, 65535),
     help="0 is any free one. [default: 8765, or the next that is free]",
 )
-@click.option("--token", envvar="E5V_TOKEN", show_envvar=True, help="What everybody has to know, 16 characters or more.")
-@click.option("--allow-host", "names", multiple=True, metavar="NAME", help="A name by which it is reached; repeatable.")
+@click.option(
+    "--token", envvar="E5V_TOKEN", show_envvar=True, help="A secret that whoever asks must know, 16 characters or more."
+)
+@click.option(
+    "--allow-host",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="A further host name by which it is reached, as a proxy's; repeatable.",
+)
 @click.option("--allow-index", is_flag=True, help="Index runs may be started from the page.")
 @click.option("--open", "open_it", is_flag=True, help="Open the page in the browser.")
 @model_options

@@ -41,9 +41,11 @@ class _Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         "e5v-search tune --recall 0.9 -k 2 --queries sentences.npy",
     )
 )
-@click.option("--recall", type=float, metavar="SHARE", help="Of the K nearest items, found on average; 0.99 if not given.")
-@click.option("--latency", type=_Quantity("time"), metavar="TIME", help="Of one query, as 5ms.")
-@click.option("--memory", type=_Quantity("memory"), metavar="SIZE", help="That a search works in, as 4G.")
+@click.option(
+    "--recall", type=float, metavar="SHARE", help="Share of the K nearest items to be found, on average; 0.99 if not given."
+)
+@click.option("--latency", type=_Quantity("time"), metavar="TIME", help="Most time for one query, as 5ms.")
+@click.option("--memory", type=_Quantity("memory"), metavar="SIZE", help="Most memory that a search works in, as 4G.")
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many results are asked for.")
 @click.option(
     "--queries",
@@ -67,8 +69,9 @@ def tune(
 ) -> None:
     """Find the smallest index parameters that meet a target.
 
-    Measured on the collection itself, against an exact scan of its vectors. The kind of index in use is tried first; if
-    it cannot meet the target, others are built beside it. What is found is used from then on, and `status` says so.
+    The target is at least one of --recall, --latency and --memory. Measured on the collection itself, against an exact
+    scan of its vectors. The kind of index in use is tried first; if it cannot meet the target, others are built beside
+    it. What is found is used from then on, and `status` says so.
     """
     from e5v_search.collection import Collection
     from e5v_search.collection.importing import open_vectors
