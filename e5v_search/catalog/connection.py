@@ -164,5 +164,7 @@ def _configure(db: Database, readonly: bool) -> None:
     # which may cost the last commits; FULL would pay a disk flush per commit to keep those too.
     db.execute("PRAGMA synchronous = NORMAL")
     db.execute("PRAGMA journal_size_limit = 67108864")
+    # the items of a hundred thousand photos, of which each search looks up a few
+    db.execute("PRAGMA cache_size = -16384")
     if readonly:
         db.execute("PRAGMA query_only = ON")

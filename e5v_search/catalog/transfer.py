@@ -27,6 +27,9 @@ class Transfer(Store):
         """Number of items."""
         return int(self._rows("SELECT count(*) FROM items")[0][0])
 
+    def empty(self) -> bool:
+        return not self._rows("SELECT 1 FROM items LIMIT 1")
+
     def dump(self) -> Iterator[list[Put]]:
         """All items by id, with their ids and their vectors (dim,) float16; at most BLOCK at a time."""
         last = -1
@@ -79,7 +82,7 @@ class Transfer(Store):
         Returns the number of items. Raises CollectionError where the catalog holds any, FingerprintMismatch, DiskFull.
         """
         with guarded(self.path), transaction(self._db):
-            if self.size():
+            if not self.empty():
                 raise CollectionError(f"the collection {self.path.parent} holds items already; import into a new one with -c")
             self._bind(fingerprint, dim, model)
             self._add_views(views)

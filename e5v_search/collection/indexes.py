@@ -92,6 +92,9 @@ class Indexes:
 
     def current(self, view: str = VIEW) -> Index:
         """The index with everything that the catalog holds in `view`."""
+        held = self._loaded.get(view)
+        if held is not None and not isinstance(held, MilvusIndex) and held.stamp == self._stamp():
+            return held
         index, trouble = self._usable(view), ""
         if index is None or self._far_behind(index, view):
             # a search repairs the files for the next one, but never waits or fails for it

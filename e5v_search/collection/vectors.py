@@ -41,7 +41,7 @@ def search_vectors(
         raise QueryError(f"k must be at least 1, not {k}")
     passing = filters.parse(where)
     dim = collection.catalog.dim
-    if dim is None or not collection.catalog.size():
+    if dim is None or collection.catalog.empty():
         raise CollectionNotFound(f"collection {collection.path} is empty; there is nothing to search")
     if xq.ndim != 2 or xq.shape[1] != dim:
         raise QueryError(f"rows of {dim} numbers are needed, as the collection's vectors are, not an array {xq.shape}")
