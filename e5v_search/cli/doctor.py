@@ -17,6 +17,7 @@ from e5v_search.errors import E5VError, MissingPackage
 
 _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "pillow", "sqlite-utils", "rich")
 _OPTIONAL = {"bitsandbytes": "no 4 or 8 bit weights", "pillow-heif": "no HEIC photos", "peft": "no adapters"}
+_AGAIN = "install e5v-search again from its folder: pip install --force-reinstall ."
 _LITTLE_DISK = 1e9
 _LITTLE_MEMORY = 1.5e9
 
@@ -193,9 +194,9 @@ def _model() -> Iterator[Finding]:
         [vector] = Embedder.load(TINY, device="cpu").embed_texts(["a dog in the snow"])
         length = float(np.linalg.norm(vector))
     except Exception as error:  # whatever is broken is what a doctor is asked for
-        yield Finding("e5v-tiny", "bad", f"{type(error).__name__}: {error}", "pip install --force-reinstall e5v-search")
+        yield Finding("e5v-tiny", "bad", f"{type(error).__name__}: {error}", _AGAIN)
         return
     if abs(length - 1) < 1e-3:
         yield Finding("e5v-tiny", "ok", f"embeds a text: {len(vector)} numbers, length 1")
     else:
-        yield Finding("e5v-tiny", "bad", f"gives a vector of length {length:.3f}", "pip install --force-reinstall e5v-search")
+        yield Finding("e5v-tiny", "bad", f"gives a vector of length {length:.3f}", _AGAIN)

@@ -100,5 +100,6 @@ def _show(point: "Point") -> None:
 
 
 def _named(point: "Point") -> str:
-    keys = {"one-bit": ("candidates",), "ivf": ("probes", "candidates"), "hnsw": ("ef",)}.get(point.recipe.kind, ())
-    return printable(" ".join([point.recipe.kind, *(f"{key} {getattr(point.recipe, key)}" for key in keys)]))
+    own = point.recipe.to_json()
+    keys = [key for key in ("probes", "ef", "candidates") if key in own]
+    return printable(" ".join([point.recipe.kind, *(f"{key} {own[key]}" for key in keys)]))
