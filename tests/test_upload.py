@@ -175,11 +175,34 @@ def test_a_link_that_does_not_carry_is_not_taken(monkeypatch: pytest.MonkeyPatch
         def __init__(self, device: torch.device) -> None:
             raise RuntimeError("CUDA error: no streams today\nand more")
 
-    for made, why in ((Garbling, "what came back is not what was sent"), (Broken, "CUDA error: no streams today")):
+    class Mute(Streams):
+        def __init__(self, device: torch.device) -> None:
+            raise RuntimeError
+
+    reasons = {Garbling: "what came back is not what was sent", Broken: "CUDA error: no streams today", Mute: ""}
+    for made, why in reasons.items():
         monkeypatch.setattr(upload, "Streams", made)
         assert type(link(cuda)) is Link
         assert caplog.messages == [f"cuda is waited for after each batch: {why}"]
         caplog.clear()
+
+
+def test_a_buffer_for_which_there_was_no_memory_grows_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, empty = Streams(DEVICE, Watched()), torch.empty
+    large, small = (np.arange(n, dtype=np.uint8)[None] for n in (64, 48))
+
+    def full(*size: int, device: Any = None, **options: Any) -> torch.Tensor:
+        if device is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return empty(*size, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        for _ in range(2):  # buffers
+            with pytest.raises(torch.OutOfMemoryError):
+                made.floats([large])
+    for _ in range(2):
+        np.testing.assert_array_equal(made.floats([small]), small)
 
 
 # the whole model

@@ -38,7 +38,7 @@ class Link:
         return torch.from_numpy(np.concatenate(pixels)).to(self.device).float()
 
     def fetch(self, launch: Callable[[], Tensor]) -> np.ndarray:
-        """What `launch` gives, once it is computed. No two launch at a time, or there would be two batches in memory."""
+        """What `launch` gives, once it is computed."""
         found: np.ndarray = launch().cpu().numpy()
         return found
 
@@ -75,6 +75,7 @@ class Streams(Link):
         return floats.view(-1, *pixels[0].shape[1:])
 
     def fetch(self, launch: Callable[[], Tensor]) -> np.ndarray:
+        """No two launch at a time, or there would be two batches in memory."""
         with self.launching:
             # asked for at once: later it would stand behind what others have launched meanwhile
             found = launch().to("cpu", non_blocking=True)
@@ -95,8 +96,11 @@ class _Buffer:
 
     def grow(self, n: int, computing: Any) -> None:
         n = 1 << (n - 1).bit_length()
-        self.pinned = torch.empty(n, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        self.there = torch.empty(n, dtype=torch.uint8, device=self._device)
+        # both or neither: what is pinned says how much there is of both
+        self.pinned, self.there = (
+            torch.empty(n, dtype=torch.uint8, pin_memory=torch.cuda.is_available()),
+            torch.empty(n, dtype=torch.uint8, device=self._device),
+        )
         # it may have been something else's, which the computing stream is still to be done with
         self.free.record(computing)
 
@@ -109,7 +113,7 @@ def link(device: torch.device) -> Link:
         made = Streams(device)
         works = carries(made)
     except RuntimeError as error:
-        works, why = False, str(error).splitlines()[0]
+        works, why = False, str(error).partition("\n")[0]
     else:
         why = "what came back is not what was sent"
     if works:
