@@ -3,8 +3,10 @@
 No GPU takes part. A recording here calls the function again on the same memory, as a CUDA graph runs its kernels again on it.
 """
 
+import gc
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ from test_upload import NeverWaits
 from torch import Tensor
 
 from e5v_search.backbones import registry
-from e5v_search.backbones.llava_next import LlavaNextEmbedder
+from e5v_search.backbones.llava_next import LlavaNextEmbedder, reading
 from e5v_search.backbones.recorded import LENGTHS, Record, Recorded, cuda_graphs
 
 CPU = torch.device("cpu")
@@ -44,7 +46,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> LlavaNextEmbedder:
 
 def test_every_length_is_read_as_without(small: LlavaNextEmbedder) -> None:
     rng = np.random.default_rng(0)
-    recorded = Recorded(small._read, again, CPU)
+    recorded = Recorded(reading(small.model.language_model, small.dim), again, CPU)
     rows = [rng.integers(0, 300, n).tolist() for n in [*range(1, 70), *rng.integers(1, 70, 30)]]
     with torch.inference_mode():
         for row in rows * 2:
@@ -58,7 +60,7 @@ def test_single_texts_of_the_bundled_model(caplog: pytest.LogCaptureFixture) -> 
     ours = embedder(registry.BUNDLED / registry.TINY)
     texts = ["a dog", "two dogs that run over the grass", "a red car", *(f"{n} {'very ' * n}old bridges" for n in range(40))]
     expected = np.concatenate([ours.embed_texts([text]) for text in texts])
-    ours._recorded = Recorded(ours._read, again, CPU)
+    ours._recorded = Recorded(reading(ours.model.language_model, ours.dim), again, CPU)
     for _ in range(2):
         np.testing.assert_allclose(np.concatenate([ours.embed_texts([text]) for text in texts]), expected, atol=1e-5)
     np.testing.assert_allclose(ours.embed_texts(texts), expected, atol=1e-5)  # many, and so not recorded
@@ -73,7 +75,7 @@ def test_nothing_is_looked_at_nor_sent_for(small: LlavaNextEmbedder, t: int) -> 
     ours.model.to("meta")
     with torch.inference_mode(), NeverWaits() as mode:
         ids, n = (torch.empty(*shape, dtype=torch.long, device="meta") for shape in ((1, t), (1,)))
-        assert ours._read(ids, n).shape == (1, ours.dim)
+        assert reading(ours.model.language_model, ours.dim)(ids, n).shape == (1, ours.dim)
     assert mode.copies == []
 
 
@@ -140,6 +142,23 @@ def test_a_recording_is_made_aside_after_some_calls(why: str | None, caplog: pyt
         assert why in caplog.messages[0]
 
 
+def test_a_model_of_which_recordings_were_made_is_gone_at_once(small: LlavaNextEmbedder) -> None:
+    ours = embedder(small.folder)
+    ours._recorded = Recorded(reading(ours.model.language_model, ours.dim), again, CPU)
+    for _ in range(2):
+        ours.embed_texts(["a dog"])
+    assert ours._recorded._tapes
+    freed: list[str] = []
+    weakref.finalize(ours.model, freed.append, "model")
+    gc.collect()
+    gc.disable()
+    try:
+        del ours
+        assert freed == ["model"]
+    finally:
+        gc.enable()
+
+
 # when
 
 
@@ -180,6 +199,10 @@ def broken(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
+def mute(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    raise RuntimeError
+
+
 def stale(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     found = run().clone()
     return lambda: found
@@ -191,6 +214,7 @@ def without_numbers(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 @pytest.mark.parametrize(("record", "why"), [
     (broken, "operation not permitted when stream is capturing"),
+    (mute, ""),
     (stale, "what was recorded is not the same (cosine 0.9"),
     (without_numbers, "what was recorded is not the same (cosine nan)"),
 ])  # fmt: skip

@@ -20,10 +20,10 @@ from e5v_search.backbones import checkpoint, registry
 from e5v_search.backbones.batches import TEXTS, WINDOW, Batches, unit
 from e5v_search.backbones.config import LlavaNextConfig
 from e5v_search.backbones.layout import Padded
-from e5v_search.backbones.modules import LlavaNext
+from e5v_search.backbones.modules import LlavaNext, TextDecoder
 from e5v_search.backbones.prefix import Beginning, Key, PrefixMemory, default_limit, digest
 from e5v_search.backbones.prompt_encoder import PromptEncoder
-from e5v_search.backbones.recorded import Recorded, cuda_graphs
+from e5v_search.backbones.recorded import Read, Recorded, cuda_graphs
 from e5v_search.backbones.tiles import Size, Tiles, TileSpec, cut, enough, token_count
 from e5v_search.backbones.upload import indices, link
 from e5v_search.backbones.varlen import kernel_for
@@ -93,6 +93,11 @@ def _content(picture: Picture) -> str | None:
         return None
 
 
+def reading(decoder: TextDecoder, dim: int) -> Read:
+    """Refers to no embedder, which refers to what is recorded of this: a device's memory is free as soon as one is gone."""
+    return lambda ids, n: decoder(decoder.embed_tokens(ids), Padded(n, ids.shape[1]))[:, :dim].float()
+
+
 class LlavaNextEmbedder(LanguageModel):
     """`memory` keeps what the model saw of pictures for `embed_composed`; set its `limit` (bytes) or clear it at will."""
 
@@ -133,7 +138,7 @@ class LlavaNextEmbedder(LanguageModel):
         self._recorded: Recorded | None = None
         # bitsandbytes' layers look at values as they go, which cannot be recorded
         if self.device.type == "cuda" and self.quantize in (None, *checkpoint.PACKED):
-            self._recorded = Recorded(self._read, cuda_graphs(self.device), self.device)
+            self._recorded = Recorded(reading(self.model.language_model, self.dim), cuda_graphs(self.device), self.device)
 
     # what goes in
 
@@ -285,10 +290,6 @@ class LlavaNextEmbedder(LanguageModel):
         n = min(alike, min(map(len, rows)) - 1)
         prefixes = self.model.prefill(self._words([rows[0][:n]])) if n else None
         return self._floats(self.model.last_hidden(self._words([ids[n:] for ids in rows]), prefixes))
-
-    def _read(self, ids: Tensor, n: Tensor) -> Tensor:
-        decoder = self.model.language_model
-        return self._floats(decoder(decoder.embed_tokens(ids), Padded(n, ids.shape[1])))
 
     @torch.inference_mode()
     def _prefill(self, batch: Sequence[Beginning]) -> list[Tensor]:
