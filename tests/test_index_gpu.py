@@ -10,6 +10,7 @@ import faiss
 import numpy as np
 import pytest
 
+from e5v_search.errors import CollectionError
 from e5v_search.index import FlatIndex, Index, IndexDamaged, Recipe, Stamp, build, gpu, gpu_cagra, gpu_ivf, load, torch_rows
 from e5v_search.index.base import Found
 from e5v_search.index.rows import Rows
@@ -198,6 +199,13 @@ def test_the_processor_finds_the_same_centres(
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
     heads.append(both(tmp_path / "c", 1000, "gpu-ivf")[0]._scan.head)
     assert heads[0] == heads[1] == heads[2]
+
+
+@pytest.mark.parametrize("kind", ["ivf", "gpu-ivf"])
+def test_rows_that_have_no_centres(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(CollectionError, match="FAISS failed"):
+        build(tmp_path / "index.faiss", Recipe(kind), D, [(np.arange(9), np.full((9, D), np.nan, np.float16))])
+    assert list(tmp_path.iterdir()) == []
 
 
 # links

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from e5v_search.index.base import Found, merged
+from e5v_search.index.coded import threads
 from e5v_search.index.gpu import Finder, OnGpus, flat, reason
 from e5v_search.index.library import gpus_of_faiss, library
 from e5v_search.index.recipe import Recipe
@@ -71,12 +72,11 @@ class OnGpuCagra(OnGpus):
         if scan is not None and not linked:
             return scan
         parts = [(graph.start, _on_gpu(n % gpus, graph.links)) for n, graph in enumerate(self._graphs)]
-        threads = ThreadPoolExecutor(len(parts), thread_name_prefix="walk")
 
         def find(xq: np.ndarray, width: int, effort: int, recipe: Recipe) -> Found:
             in_view = -(-min(max(recipe.ef * effort, width), most) // _STEP) * _STEP
             walk = partial(_walk, halves=xq.astype(np.float16), width=width, in_view=in_view)
-            found = rows.ranked(xq, np.concatenate(list(threads.map(walk, parts)), axis=1), width)
+            found = rows.ranked(xq, np.concatenate(list(threads(len(parts)).map(walk, parts)), axis=1), width)
             if scan is None:
                 return found
             D, I = scan(xq, min(width, newer), effort, recipe)  # noqa: E741
@@ -104,8 +104,8 @@ def _graphs(rows: Rows, recipe: Recipe) -> list[Any]:
     ends = np.linspace(0, rows.ntotal, gpus + 1).astype(int).tolist()
     shares = [_some(rows, start, stop) for start, stop in pairwise(ends)]
     try:
-        with ThreadPoolExecutor(gpus) as threads:
-            return list(threads.map(lambda gpu: _links(gpu, shares[gpu], recipe), range(gpus)))
+        with ThreadPoolExecutor(gpus) as builders:
+            return list(builders.map(lambda gpu: _links(gpu, shares[gpu], recipe), range(gpus)))
     except Exception as error:  # FAISS without cuVS has no CAGRA
         _log.warning("rows cannot be linked on the GPU (%s): the index has no links", reason(error))
         return []

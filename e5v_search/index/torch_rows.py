@@ -4,7 +4,6 @@ torch is no part of the other indexes, and loaded only by those who ask for GPUs
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from e5v_search.index.base import Found, merged
+from e5v_search.index.coded import threads
 from e5v_search.index.rows import Rows
 from e5v_search.index.scan import BLOCK
 
@@ -32,7 +32,6 @@ class TorchRows:
         ends = np.linspace(0, rows.ntotal, len(devices) + 1).astype(int).tolist()
         shares = [(*share, device) for share, device in zip(pairwise(ends), devices, strict=True) if share[0] < share[1]]
         self._parts = [_part(rows, *share) for share in shares]
-        self._threads = ThreadPoolExecutor(len(shares), thread_name_prefix="torch")
 
     def search(self, xq: np.ndarray, width: int) -> Found:
         """D and places I (nq, least of width and ntotal) of the best rows, best first, of equal scores the smaller place first.
@@ -40,7 +39,7 @@ class TorchRows:
         Scores are summed up in single precision, in another order than on the processor.
         """
         nothing = np.empty((len(xq), 0), np.float32), np.empty((len(xq), 0), np.int64)
-        found = self._threads.map(lambda part: part.best(xq, width), self._parts)
+        found = threads(len(self._parts)).map(lambda part: part.best(xq, width), self._parts)
         return reduce(lambda one, other: merged(one, other, width), found, nothing)
 
 
