@@ -216,6 +216,7 @@ def test_more_asked_for_takes_more(place: Path) -> None:
         assert points[-1].recall > 0.999
         assert points[0].recall < points[-1].recall
         assert c.indexes.recipe()[1] == "chosen with rebuild --recipe"
+        assert c.indexes.current().recipe == Recipe("one-bit")  # type: ignore[attr-defined]
 
 
 def test_memory_decides_the_kind(place: Path) -> None:
@@ -237,6 +238,20 @@ def test_what_cannot_be_met_changes_nothing(place: Path) -> None:
     assert {p["recipe"]["kind"] for p in json.loads(said.stdout)["points"]} == set(KINDS)
     assert sorted(path.name for path in place.glob("index*")) == before
     assert "no kind of index fits" in refused(3, "tune", "-c", place, "--memory", "1k")
+
+
+def test_what_is_interrupted_leaves_nothing(place: Path) -> None:
+    before = sorted(path.name for path in place.glob("index*"))
+
+    def stop(point: Point) -> None:
+        if point.recipe.kind == "ivf":
+            raise KeyboardInterrupt
+
+    with Collection.open(place) as c:
+        with pytest.raises(KeyboardInterrupt):
+            tune(c, Target(latency=1e-9), on_point=stop)
+        assert c.indexes.kind == "flat-fp16"
+    assert sorted(path.name for path in place.glob("index*")) == before
 
 
 def test_tuning_refuses_nonsense(place: Path, tmp_path: Path) -> None:

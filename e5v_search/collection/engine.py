@@ -59,8 +59,9 @@ class Clock:
         """-> (what `work` gives, seconds)"""
         start = time.monotonic()
         result = work()
-        before, self._free = self._free, time.monotonic()
-        return result, self._free - max(start, before)
+        end = time.monotonic()
+        before, self._free = self._free, end
+        return result, end - max(start, before)
 
 
 class Alone:

@@ -108,16 +108,22 @@ def tune(
             if target.memory is not None and resident_bytes(recipe, n, d) > target.memory:
                 continue
             index = in_use if recipe is used else collection.indexes.made(recipe)
-            for point in trial.points(index, recipe, n, d):
-                tuned.points.append(point)
-                if on_point is not None:
-                    on_point(point)
-            tuned.chosen = _best([p for p in tuned.points if p.recipe.kind == kind], target)
-            if tuned.chosen is not None and not dry_run:
-                collection.indexes.adopt(index, tuned.chosen.recipe, _why(target, tuned))
-            elif isinstance(index, MappedIndex) and recipe is not used:
-                index.discard()
+            before = index.recipe if isinstance(index, MappedIndex) else recipe
+            try:
+                for point in trial.points(index, recipe, n, d):
+                    tuned.points.append(point)
+                    if on_point is not None:
+                        on_point(point)
+                tuned.chosen = _best([p for p in tuned.points if p.recipe.kind == kind], target)
+            finally:
+                if isinstance(index, MappedIndex) and (tuned.chosen is None or dry_run):
+                    if index is in_use:
+                        index.search_as(before)
+                    else:
+                        index.discard()
             if tuned.chosen is not None:
+                if not dry_run:
+                    collection.indexes.adopt(index, tuned.chosen.recipe, _why(target, tuned))
                 break
     return tuned
 

@@ -15,7 +15,7 @@ from e5v_search.index.coded import threads
 from e5v_search.index.gpu import Finder, OnGpus, flat, reason
 from e5v_search.index.library import gpus_of_faiss, library
 from e5v_search.index.recipe import Recipe
-from e5v_search.index.rows import Rows, quantiser, view
+from e5v_search.index.rows import Rows
 from e5v_search.index.scan import opened, serialised
 from e5v_search.index.sealed import IndexDamaged
 
@@ -52,7 +52,7 @@ class OnGpuCagra(OnGpus):
             links = opened(head[at : at + size], library().IO_FLAG_SKIP_STORAGE)
             if links.ntotal != n or start + n > rows.ntotal:
                 raise IndexDamaged("its links do not belong to its rows")
-            some = _some(rows, start, start + n)
+            some = rows.part(slice(start, start + n))
             links.storage, links.own_fields = some.index, False
             self._graphs.append(_Graph(start, n, links, some))
             start, at = start + n, at + size
@@ -68,7 +68,7 @@ class OnGpuCagra(OnGpus):
     def bring(self, gpus: int) -> Finder:
         rows, linked, most = self.rows, self._linked, self.most
         newer = rows.ntotal - linked
-        scan = flat(_some(rows, linked, rows.ntotal), gpus) if newer else None
+        scan = flat(rows.part(slice(linked, rows.ntotal)), gpus) if newer else None
         if scan is not None and not linked:
             return scan
         parts = [(graph.start, _on_gpu(n % gpus, graph.links)) for n, graph in enumerate(self._graphs)]
@@ -89,10 +89,6 @@ class OnGpuCagra(OnGpus):
         return n >= _LEAST and n > built + built // _NEWER
 
 
-def _some(rows: Rows, start: int, stop: int) -> Rows:
-    return Rows(view(quantiser(rows.d), rows.codes[start:stop]))
-
-
 def _graphs(rows: Rows, recipe: Recipe) -> list[Any]:
     """Links among the rows of each GPU's share; none where they are few, or cannot be made."""
     gpus = gpus_of_faiss()
@@ -102,7 +98,7 @@ def _graphs(rows: Rows, recipe: Recipe) -> list[Any]:
         _log.warning("there is no GPU that FAISS can use: the index has no links until it is rebuilt where there is one")
         return []
     ends = np.linspace(0, rows.ntotal, gpus + 1).astype(int).tolist()
-    shares = [_some(rows, start, stop) for start, stop in pairwise(ends)]
+    shares = [rows.part(slice(start, stop)) for start, stop in pairwise(ends)]
     try:
         with ThreadPoolExecutor(gpus) as builders:
             return list(builders.map(lambda gpu: _links(gpu, shares[gpu], recipe), range(gpus)))
