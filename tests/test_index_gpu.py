@@ -4,6 +4,7 @@ import gc
 import logging
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faiss
@@ -100,6 +101,35 @@ def same(ours: Index, exact: FlatIndex, k: int = 10, ids: np.ndarray | None = No
         assert (np.diff(scores) <= 0).all()
     if least == 1:
         np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_what_faiss_is_asked_for_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its classes, those for GPUs too, take no attribute that they do not have."""
+
+    class Cagra(faiss.IndexFlatL2):
+        def __init__(self, resources: Any, d: int, metric: int, config: SimpleNamespace) -> None:
+            super().__init__(d)
+            assert (metric, config.device) == (faiss.METRIC_L2, 2)
+
+        def copyFrom_ex(self, links: Any, numeric_type: int) -> None:
+            assert numeric_type == faiss.Float16
+            self.add(links.reconstruct_n())
+
+    def flat(resources: Any, d: int, config: SimpleNamespace) -> faiss.IndexFlatIP:
+        assert (config.device, config.useFloat16) == (2, True)
+        return faiss.IndexFlatIP(d)
+
+    def ivf(resources: Any, centres: faiss.Index, config: SimpleNamespace) -> faiss.Index:
+        assert config.device == 2
+        return faiss.clone_index(centres)
+
+    made = {"GpuIndexFlatIP": flat, "GpuIndexIVFScalarQuantizer": ivf, "GpuIndexCagra": Cagra, "StandardGpuResources": object}
+    configs = dict.fromkeys(("GpuIndexFlatConfig", "GpuIndexIVFScalarQuantizerConfig", "GpuIndexCagraConfig"), SimpleNamespace)
+    for name, stand_in in (made | configs).items():
+        monkeypatch.setattr(faiss, name, stand_in, raising=False)
+    held = faiss.IndexFlatL2(D)
+    held.add(rows(7, 1).astype(np.float32))
+    assert (gpu._flat(2, D).d, gpu_ivf._ivf(2, held).ntotal, gpu_cagra._on_gpu(2, held).ntotal) == (D, 7, 7)
 
 
 @pytest.mark.parametrize("kind", KINDS)

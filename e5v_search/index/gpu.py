@@ -153,10 +153,7 @@ def _flat(gpu: int, d: int) -> Any:
     faiss = library()
     config = faiss.GpuIndexFlatConfig()
     config.device, config.useFloat16 = gpu, True
-    resources = faiss.StandardGpuResources()
-    index = faiss.GpuIndexFlatIP(resources, d, config)
-    index.resources = resources  # kept as long as there is an index that works with them
-    return index
+    return faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), d, config)
 
 
 def _by_torch(rows: Rows) -> Finder | None:

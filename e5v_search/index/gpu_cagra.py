@@ -2,7 +2,6 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,16 +25,6 @@ _STEP = 32  # rows kept in view come in so many at a time
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """Links among rows `start` to `start + n`, as FAISS has them for a processor; it keeps only the address of `rows`."""
-
-    start: int
-    n: int
-    links: Any
-    rows: Rows
-
-
 class OnGpuCagra(OnGpus):
     """The links are in the file, those of each GPU's rows by themselves. CAGRA cannot be added to: rows that are newer than
     the links, and all where FAISS has no CAGRA, are scanned on the GPUs."""
@@ -46,15 +35,16 @@ class OnGpuCagra(OnGpus):
 
     def __init__(self, rows: Rows, recipe: Recipe, head: bytes, facts: dict[str, Any], folder: Path) -> None:
         super().__init__(rows, recipe, head, facts, folder)
-        self._graphs = []
+        self._graphs: list[tuple[int, Any]] = []  # first row, and the links as FAISS has them for a processor
         start = at = 0
         for n, size in facts["graphs"]:
             links = opened(head[at : at + size], library().IO_FLAG_SKIP_STORAGE)
             if links.ntotal != n or start + n > rows.ntotal:
                 raise IndexDamaged("its links do not belong to its rows")
-            some = rows.part(slice(start, start + n))
-            links.storage, links.own_fields = some.index, False
-            self._graphs.append(_Graph(start, n, links, some))
+            along = rows.part(slice(start, start + n)).index
+            # FAISS itself keeps nothing but the address
+            links.storage, links.own_fields, links.referenced_objects = along, False, [along]
+            self._graphs.append((start, links))
             start, at = start + n, at + size
         self._linked = start
 
@@ -71,7 +61,7 @@ class OnGpuCagra(OnGpus):
         scan = flat(rows.part(slice(linked, rows.ntotal)), gpus) if newer else None
         if scan is not None and not linked:
             return scan
-        parts = [(graph.start, _on_gpu(n % gpus, graph.links)) for n, graph in enumerate(self._graphs)]
+        parts = [(start, _on_gpu(n % gpus, links)) for n, (start, links) in enumerate(self._graphs)]
 
         def find(xq: np.ndarray, width: int, effort: int, recipe: Recipe) -> Found:
             in_view = -(-min(max(recipe.ef * effort, width), most) // _STEP) * _STEP
@@ -115,8 +105,7 @@ def _links(gpu: int, rows: Rows, recipe: Recipe) -> Any:
     faiss = library()
     config = faiss.GpuIndexCagraConfig()
     config.device, config.graph_degree, config.intermediate_graph_degree = gpu, 2 * recipe.links, 4 * recipe.links
-    resources = faiss.StandardGpuResources()
-    index = faiss.GpuIndexCagra(resources, rows.d, faiss.METRIC_L2, config)
+    index = faiss.GpuIndexCagra(faiss.StandardGpuResources(), rows.d, faiss.METRIC_L2, config)
     index.train(rows.codes.view(np.float16), numeric_type=faiss.Float16)
     return faiss.index_gpu_to_cpu(index)
 
@@ -126,10 +115,8 @@ def _on_gpu(gpu: int, links: Any) -> Any:
     faiss = library()
     config = faiss.GpuIndexCagraConfig()
     config.device = gpu
-    resources = faiss.StandardGpuResources()
-    index = faiss.GpuIndexCagra(resources, links.d, faiss.METRIC_L2, config)
+    index = faiss.GpuIndexCagra(faiss.StandardGpuResources(), links.d, faiss.METRIC_L2, config)
     index.copyFrom_ex(links, faiss.Float16)
-    index.resources = resources
     return index
 
 

@@ -80,7 +80,4 @@ def _ivf(gpu: int, centres: Any) -> Any:
     faiss = library()
     config = faiss.GpuIndexIVFScalarQuantizerConfig()
     config.device = gpu
-    resources = faiss.StandardGpuResources()
-    index = faiss.GpuIndexIVFScalarQuantizer(resources, centres, config)
-    index.resources = resources
-    return index
+    return faiss.GpuIndexIVFScalarQuantizer(faiss.StandardGpuResources(), centres, config)
