@@ -20,8 +20,8 @@ class Scan(ABC):
     """Positions of the rows that are probably the nearest, with their exact scores.
 
     `head` is what of it FAISS writes and reads; `facts`, and a file in `folder` that they name, hold the rest. All positions
-    are those of `rows`. Nothing of a scan ever changes but the part of the recipe that
-    says how to search: `extended` makes a new one. The constructor raises IndexDamaged.
+    are those of `rows`. Nothing of a scan ever changes but the part of the recipe that says how to search: `extended` makes
+    a new one. The constructor raises IndexDamaged.
     """
 
     kind: ClassVar[str]
@@ -32,7 +32,6 @@ class Scan(ABC):
         self.recipe = recipe
         self.head = head
         self.facts = facts
-        self.folder = folder
 
     @classmethod
     @abstractmethod
