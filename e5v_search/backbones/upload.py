@@ -18,8 +18,7 @@ _log = logging.getLogger(__name__)
 def indices(values: Sequence[int], device: torch.device) -> Tensor:
     """(n,) int64 on `device`, which is not waited for: what it was given before may still be under way."""
     # a copy from other memory than pinned would wait
-    pinned = device.type == "cuda" and torch.cuda.is_available()
-    return torch.tensor(values, dtype=torch.long, pin_memory=pinned).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=torch.long, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class Link:
