@@ -233,7 +233,7 @@ def test_the_processor_finds_the_same_centres(
 
 @pytest.mark.parametrize("kind", ["ivf", "gpu-ivf"])
 def test_rows_that_have_no_centres(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(CollectionError, match="FAISS failed"):
+    with pytest.raises(CollectionError, match=r"FAISS failed \('.*input contains NaN's or Inf's\)"):
         build(tmp_path / "index.faiss", Recipe(kind), D, [(np.arange(9), np.full((9, D), np.nan, np.float16))])
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from e5v_search.index import column
 from e5v_search.index.base import Found, Index, Places, Stamp, best, distinct, matrix
-from e5v_search.index.library import faiss_errors, library
+from e5v_search.index.library import faiss_errors, library, reason
 from e5v_search.index.rows import Rows, quantiser, search
 from e5v_search.index.sealed import CHUNK, IndexDamaged, sealing, unsealed
 
@@ -110,7 +110,7 @@ class FlatIndex(Index):
             try:
                 index = faiss.read_index(faiss.PyCallbackIOReader(file.read, CHUNK))
             except RuntimeError as error:
-                raise IndexDamaged(f"FAISS cannot read it: {str(error).partition(chr(10))[0]}") from error
+                raise IndexDamaged(f"FAISS cannot read it: {reason(error)}") from error
         if (index.d, index.ntotal) != (facts["d"], facts["ntotal"]):
             raise IndexDamaged("it does not hold what its trailer says")
         return cls(index, Stamp(facts["uid"], facts["state"]))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from e5v_search.index.base import Found
-from e5v_search.index.library import gpus_of_faiss, library
+from e5v_search.index.library import gpus_of_faiss, library, reason
 from e5v_search.index.recipe import Recipe
 from e5v_search.index.rows import Rows, quantiser, search, view
 from e5v_search.index.scan import BLOCK, Scan
@@ -141,11 +141,6 @@ def search_refined(refine: Any, xq: np.ndarray, width: int, parameters: Any = No
     within = {} if parameters is None else {"base_index_params": parameters}
     found: Found = refine.search(xq, width, params=library().IndexRefineSearchParameters(k_factor=1.0, **within))
     return found
-
-
-def reason(error: Exception) -> str:
-    """What FAISS, or whatever failed, says, without where in its source that is."""
-    return str(error).partition("\n")[0].rpartition("Error: ")[2]
 
 
 def _flat(gpu: int, d: int) -> Any:

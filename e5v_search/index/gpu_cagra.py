@@ -11,8 +11,8 @@ import numpy as np
 
 from e5v_search.index.base import Found, merged
 from e5v_search.index.coded import threads
-from e5v_search.index.gpu import Finder, OnGpus, flat, reason
-from e5v_search.index.library import gpus_of_faiss, library
+from e5v_search.index.gpu import Finder, OnGpus, flat
+from e5v_search.index.library import gpus_of_faiss, library, reason
 from e5v_search.index.recipe import Recipe
 from e5v_search.index.rows import Rows
 from e5v_search.index.scan import opened, serialised

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from e5v_search.index.base import Found
-from e5v_search.index.gpu import MOST, Finder, OnGpus, reason, refined, search_refined, shared_out
+from e5v_search.index.gpu import MOST, Finder, OnGpus, refined, search_refined, shared_out
 from e5v_search.index.ivf import GROWTH, lists_and_sample, same_centres
-from e5v_search.index.library import faiss_errors, gpus_of_faiss, library
+from e5v_search.index.library import faiss_errors, gpus_of_faiss, library, reason
 from e5v_search.index.recipe import Recipe, lists_for
 from e5v_search.index.rows import Rows
 from e5v_search.index.scan import opened, serialised

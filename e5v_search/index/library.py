@@ -52,10 +52,14 @@ def gpus_of_faiss() -> int:
     return int(library().get_num_gpus())
 
 
+def reason(error: Exception) -> str:
+    """What FAISS, or whatever failed, says, without where in its source that is."""
+    return str(error).partition("\n")[0].rpartition("Error: ")[2]
+
+
 @contextmanager
 def faiss_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first = str(error).partition("\n")[0]
-        raise CollectionError(f"FAISS failed ({first}); make the index anew with: e5v-search rebuild") from error
+        raise CollectionError(f"FAISS failed ({reason(error)}); make the index anew with: e5v-search rebuild") from error

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from e5v_search.index.base import Found
-from e5v_search.index.library import library
+from e5v_search.index.library import library, reason
 from e5v_search.index.recipe import Recipe
 from e5v_search.index.rows import Rows
 from e5v_search.index.sealed import IndexDamaged
@@ -63,7 +63,7 @@ def opened(head: bytes, flags: int = 0) -> Any:
     try:
         return library().deserialize_index(np.frombuffer(head, np.uint8), flags)
     except RuntimeError as error:
-        raise IndexDamaged(f"FAISS cannot read it: {str(error).partition(chr(10))[0]}") from error
+        raise IndexDamaged(f"FAISS cannot read it: {reason(error)}") from error
 
 
 def serialised(index: Any, flags: int = 0) -> bytes:
