@@ -56,13 +56,12 @@ class Coded(Scan):
         return [] if right else [f"the checksum of {self.codes.name} is wrong"]
 
 
-def told(parameters: Any, recipe: Recipe, chosen: np.ndarray | None) -> Any:
-    """FAISS's search parameters of either kind, told which rows count and how the query is compared, behind the rotation."""
+def parameters(kind: type[Any], recipe: Recipe, chosen: np.ndarray | None, **own: int) -> Any:
+    """FAISS's of either kind, with its `own`, behind the rotation: which rows count, and how the query is compared."""
     # centred: around 0 and without its few extreme numbers, two bits serve as well as three from the least to the greatest
-    parameters.qb, parameters.centered = recipe.query_bits, True
-    if chosen is not None:
-        parameters.sel = parameters.held = selector(chosen)  # FAISS keeps the address alone
-    return library().SearchParametersPreTransform(index_params=parameters)
+    said = own | {"qb": recipe.query_bits, "centered": True}
+    among = {} if chosen is None else {"sel": selector(chosen)}
+    return library().SearchParametersPreTransform(index_params=kind(**said, **among))
 
 
 def over(n: int, head: bytes) -> Any:

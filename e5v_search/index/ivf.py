@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from e5v_search.index import column
-from e5v_search.index.coded import Coded, over, told
+from e5v_search.index.coded import Coded, over, parameters
 from e5v_search.index.library import faiss_errors, library
 from e5v_search.index.recipe import Recipe, lists_for
 from e5v_search.index.rows import Rows
@@ -82,7 +82,7 @@ class Ivf(Coded):
 
     def _scanned(self, chosen: np.ndarray | None, effort: int) -> tuple[Any, Any]:
         probes = min(self.recipe.probes * effort, self._ivf.nlist)
-        return self._coarse, told(library().IVFRaBitQSearchParameters(nprobe=probes), self.recipe, chosen)
+        return self._coarse, parameters(library().IVFRaBitQSearchParameters, self.recipe, chosen, nprobe=probes)
 
     def outgrown(self, n: int) -> bool:
         return not self.recipe.lists and lists_for(n) >= GROWTH * self._ivf.nlist

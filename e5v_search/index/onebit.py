@@ -9,7 +9,7 @@ import numpy as np
 
 from e5v_search.index import column
 from e5v_search.index.base import Found, merged
-from e5v_search.index.coded import Coded, over, threads, told
+from e5v_search.index.coded import Coded, over, parameters, threads
 from e5v_search.index.library import faiss_errors, library
 from e5v_search.index.recipe import Recipe
 from e5v_search.index.rows import Rows, view
@@ -84,7 +84,7 @@ class OneBit(Coded):
         return self._whole, self._how(chosen)
 
     def _how(self, chosen: np.ndarray | None) -> Any:
-        return told(library().RaBitQSearchParameters(), self.recipe, chosen)
+        return parameters(library().RaBitQSearchParameters, self.recipe, chosen)
 
 
 def _encoded(coarse: Any, rows: Rows, start: int) -> Iterator[np.ndarray]:
