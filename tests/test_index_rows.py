@@ -2,12 +2,11 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import assert_child_finds_the_same
 
 from e5v_search.errors import CollectionError
 from e5v_search.index import IndexDamaged, Recipe, Stamp, build, column, load
@@ -159,7 +158,7 @@ def test_files_are_closed_with_the_index(tmp_path: Path, way: str) -> None:
 
 
 FORKED = """
-import os, signal, sys
+import sys
 from pathlib import Path
 import numpy as np
 from e5v_search.index import load, onebit
@@ -169,21 +168,10 @@ index = load(Path(sys.argv[1]))
 xq = index.vectors(np.arange(7))
 def found():
     return [index.search(xq[:n], 5)[1].tolist() for n in (1, 7)]
-ours = found()
-child = os.fork()
-if not child:
-    signal.alarm(20)  # threads of the parent do not exist here: to wait for them would take for ever
-    os._exit(0 if found() == ours else 1)
-signal.alarm(40)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or found() != ours)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_searches_too(tmp_path: Path) -> None:
     path, _ = made(tmp_path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED, str(path)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert_child_finds_the_same(FORKED, str(path), threads=3)

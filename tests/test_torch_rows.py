@@ -1,12 +1,11 @@
 """A scan by torch, on the processor: all but the product itself is what runs on a GPU."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from forked import assert_child_finds_the_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,7 +75,6 @@ def test_rows_that_fill_up_a_group_are_never_found() -> None:
 
 
 FORKED = """
-import os, signal, sys
 import numpy as np
 from e5v_search.index.rows import Rows, quantiser, view
 from e5v_search.index.torch_rows import TorchRows
@@ -84,21 +82,12 @@ from e5v_search.index.torch_rows import TorchRows
 rows = TorchRows(Rows(view(quantiser(8), np.ones((9, 8), np.float16).view(np.uint8))), ["cpu"] * 2)
 def found():
     return [x.tolist() for x in rows.search(np.ones((1, 8), np.float32), 5)]
-ours = found()
-child = os.fork()
-if not child:
-    signal.alarm(20)  # threads of the parent do not exist here: to wait for them would take for ever
-    os._exit(0 if found() == ours else 1)
-signal.alarm(40)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or found() != ours)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_searches_too() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_child_finds_the_same(FORKED, threads=1)
 
 
 def test_devices_are_those_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
