@@ -28,6 +28,7 @@ class Transfer(Store):
         return int(self._rows("SELECT count(*) FROM items")[0][0])
 
     def empty(self) -> bool:
+        """Whether there is no item, which is told sooner than how many there are."""
         return not self._rows("SELECT 1 FROM items LIMIT 1")
 
     def dump(self) -> Iterator[list[Put]]:

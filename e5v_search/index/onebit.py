@@ -32,7 +32,7 @@ class OneBit(Coded):
         self._whole = self._part(slice(0, rows.ntotal))
         n = max(1, min(library().omp_get_max_threads(), len(self._data) // _PART))
         ends = np.linspace(0, rows.ntotal, n + 1).astype(int).tolist()
-        self._parts = [(where, self._part(where)) for where in map(slice, ends[:-1], ends[1:])]
+        self._parts = [(where, rows.part(where), self._part(where)) for where in map(slice, ends[:-1], ends[1:])]
 
     def _part(self, where: slice) -> Any:
         """FAISS's index of the codes of these rows."""
@@ -63,12 +63,12 @@ class OneBit(Coded):
             return super().search(xq, width, chosen, effort)
         most = self._most(width)
 
-        def near(part: tuple[slice, Any]) -> Found:
-            where, coarse = part
+        def near(part: tuple[slice, Rows, Any]) -> Found:
+            where, rows, coarse = part
             how = self._how(None if chosen is None else chosen[where])
-            own = min(most, where.stop - where.start)
+            own = min(most, rows.ntotal)
             if self.rows.in_place:
-                D, I = self.rows.part(where).refined(coarse, how, xq, min(width, own), own)  # noqa: E741
+                D, I = rows.refined(coarse, how, xq, min(width, own), own)  # noqa: E741
             else:
                 with faiss_errors():
                     D, I = coarse.search(xq, own, params=how)  # noqa: E741

@@ -52,7 +52,8 @@ class Data:
 
 
 def load_data(folder: Path, limit: int | None = None) -> Data:
-    """The shared data folder: Flickr8k's train and dev photos, NLI triplets, STS-B's dev pairs when they are there."""
+    """The shared data folder: Flickr8k's train and dev photos, NLI triplets, and of STS-B the dev pairs and the training
+    sentences, when they are there."""
     flickr, sts = folder / "flickr8k", sts_file(folder, "dev")
     trained = sts_file(folder, "train")
     return Data(
