@@ -108,6 +108,7 @@ def test_from_the_command_line(place: Path, tmp_path: Path) -> None:
     for more in (["a dog"], ["--image", "1"], ["--csv"], ["--explain"], []):
         json_too = [] if more in ([], ["--csv"]) else ["--json"]
         assert "--vectors goes with" in run("search", "--vectors", tmp_path / "q.npy", "-c", place, *more, *json_too).stderr
+    assert "none.npy is not there" in run("search", "--vectors", tmp_path / "none.npy", "-c", place, "--json").stderr
     (tmp_path / "bad.npy").write_bytes(b"nothing")
     assert "bad.npy is cut short" in refused(2, "search", "--vectors", tmp_path / "bad.npy", "-c", place, "--json")
 

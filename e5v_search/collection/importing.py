@@ -189,6 +189,8 @@ def open_vectors(path: Path) -> np.ndarray:
     """The array (n, d) in `path`, on the disk. Raises CollectionError."""
     try:
         x: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise CollectionError(f"{path} is not there") from error
     except (OSError, ValueError, EOFError) as error:
         raise CollectionError(f"{path} is cut short, or no .npy file of numbers ({error})") from error
     if x.ndim != 2 or not x.size or x.dtype.kind != "f":
